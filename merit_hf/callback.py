@@ -1,0 +1,227 @@
+"""MeritCallback: makes anybody's Trainer script train a group of a plan, provably.
+
+    trainer = SFTTrainer(model, args=args, train_dataset=rows, callbacks=[MeritCallback(plan, group=0)])
+
+Before the first step it holds base, chat template, SFT settings and data against the plan. While training it keeps the
+token ledger, across processes and restarts. Every save and every push carries merit.json and the group's card.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from trl import SFTConfig
+
+from merit_hf.cards import group_model_card
+from merit_hf.checkpoint import weights_sha256
+from merit_hf.config import MeritError
+from merit_hf.data import add_digests, count_tokens, format_digest
+from merit_hf.ledger import TokenLedger
+from merit_hf.manifest import group_manifest, hash_files, write_manifest
+from merit_hf.plan import PartitionPlan
+from merit_hf.sft import chat_template_sha256, identity_fields
+
+
+class MeritCallback(TrainerCallback, ExportableState):
+    """Args:
+        plan ([`PartitionPlan`]): the plan.
+        group (`int`): which of its groups this training is.
+
+    Raises:
+        MeritError: at the start of training, where base, template, settings or data are not the planned ones.
+    """
+
+    def __init__(self, plan: PartitionPlan, group: int) -> None:
+        self.plan = plan
+        self.group = plan.group(group).group
+        self.ledger = TokenLedger()
+        self.totals = dict.fromkeys(TokenLedger.FIELDS, 0)
+        self.final_loss: float | None = None
+        self._finished = False
+        self._trainer: Trainer | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json keeps for a resume: the ledger."""
+        return {
+            "args": {},
+            "attributes": {"totals": dict(self.totals), "group_sha256": self.plan.group(self.group).group_sha256},
+        }
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._attach()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self._attach()
+        model = trainer.accelerator.unwrap_model(kwargs["model"])
+        self._check_settings(args)
+        self._check_base(model, kwargs.get("processing_class"))
+        self._check_data(trainer)
+        self._finished = False
+        self.ledger.start(model, self._totals_before(state, args))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            self.totals = self.ledger.total()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            self.totals = self.ledger.total()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.final_loss = float(logs["loss"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.totals = self.ledger.total()
+        self.ledger.stop()
+        self._finished = state.global_step == self.plan.group(self.group).num_steps
+
+    def _attach(self) -> Trainer:
+        """Let every save and card of the calling trainer carry ours."""
+        trainer = _calling_trainer()
+        if trainer is self._trainer:
+            return trainer
+        self._trainer = trainer
+        save_model = trainer.save_model
+
+        def save_with_manifest(output_dir: str | None = None, _internal_call: bool = False) -> None:
+            save_model(output_dir, _internal_call)
+            self._write(trainer, Path(output_dir or trainer.args.output_dir))
+
+        def write_card(*args: Any, **kwargs: Any) -> None:
+            self._write_card(trainer, Path(trainer.args.output_dir), self._manifest(trainer))
+
+        trainer.save_model = save_with_manifest
+        trainer.create_model_card = write_card
+        return trainer
+
+    def _manifest(self, trainer: Trainer) -> dict[str, Any]:
+        facts = {"num_processes": trainer.args.world_size, "final_loss": self.final_loss}
+        status = "complete" if self._finished else "training"
+        steps, sft = trainer.state.global_step, self._identity(trainer.args)
+        return group_manifest(self.plan, self.group, self.totals, steps, sft, status, facts)
+
+    def _write(self, trainer: Trainer, folder: Path) -> None:
+        if not trainer.is_world_process_zero():
+            return
+        manifest = self._manifest(trainer)
+        if self._finished:
+            manifest["files"] = hash_files(folder)
+        self._write_card(trainer, folder, manifest)
+        write_manifest(folder, manifest)
+
+    def _write_card(self, trainer: Trainer, folder: Path, manifest: dict[str, Any]) -> None:
+        if trainer.is_world_process_zero():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "README.md").write_text(group_model_card(self.plan, manifest), encoding="utf-8")
+
+    def _identity(self, args: TrainingArguments) -> dict[str, Any]:
+        if isinstance(args, SFTConfig):
+            return {
+                **identity_fields(args, args.world_size),
+                "assistant_only_loss": self.plan.sft["assistant_only_loss"],
+            }
+        # A plain Trainer has no SFT fields; what they decide is in the tokens, which are checked.
+        return self.plan.group_sft(self.group)
+
+    def _check_settings(self, args: TrainingArguments) -> None:
+        planned, found = self.plan.group_sft(self.group), self._identity(args)
+        for field in sorted(planned):
+            if planned[field] != found.get(field):
+                cure = f"Set {field}={planned[field]!r}"
+                if field == "effective_batch_size":
+                    cure = "Let per_device_train_batch_size × gradient_accumulation_steps × processes be the planned product"
+                raise MeritError(
+                    f"group {self.group}: {field} is {found.get(field)!r}, planned {planned[field]!r}. {cure}, or plan again."
+                )
+
+    def _check_base(self, model: PreTrainedModel, processing_class: Any) -> None:
+        template = chat_template_sha256(processing_class) if processing_class is not None else None
+        if template is not None and template != self.plan.base["chat_template_sha256"]:
+            raise MeritError(
+                f"group {self.group}: the chat template has sha256 {template[:12]}, planned "
+                f"{self.plan.base['chat_template_sha256'][:12]}. Use the base's own tokenizer, or plan again."
+            )
+        source = str(getattr(model.config, "_name_or_path", ""))
+        if Path(source).is_dir():
+            found = weights_sha256(Path(source))
+            if found != self.plan.base["weights_sha256"]:
+                raise MeritError(
+                    f"group {self.group}: the model in {source} has weights {found[:12]}, planned "
+                    f"{self.plan.base['weights_sha256'][:12]}. Every group starts from the plan's base."
+                )
+            return
+        commit = getattr(model.config, "_commit_hash", None)
+        if (source, commit) != (self.plan.base["repo_id"], self.plan.base["revision"]):
+            raise MeritError(
+                f"group {self.group}: the model comes from {source or 'an unknown place'} at {commit}, planned "
+                f"{self.plan.base['repo_id'] or 'a local base'} at {self.plan.base['revision']}. Load the plan's base."
+            )
+
+    def _check_data(self, trainer: Trainer) -> None:
+        planned, rows = self.plan.group(self.group), trainer.train_dataset
+        if not isinstance(rows, datasets.Dataset) or "input_ids" not in rows.column_names:
+            raise MeritError(
+                f"group {self.group}: the training data is not a tokenised `datasets.Dataset`, so it cannot be held against "
+                "the plan. Do not stream it, and let the trainer tokenise it."
+            )
+        columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
+        rows = rows.select_columns(columns)
+        if "labels" not in columns:
+            rows = rows.map(lambda row: {"labels": row["input_ids"]})
+        counts = count_tokens(rows)
+        cut_anew = self.plan.sft["packing"] and self.plan.sft["packing_strategy"] != "bfd"
+        expected = add_digests([member.tokens_digest for member in self.plan.members(self.group)])
+        if counts.num_input_tokens != planned.num_input_tokens or (
+            not cut_anew and format_digest(counts.digest) != expected
+        ):
+            raise MeritError(
+                f"group {self.group}: the training data are not the planned ones: {len(rows)} rows with "
+                f"{counts.num_input_tokens} tokens (digest {format_digest(counts.digest)[:12]}), planned {planned.num_examples} "
+                f"examples with {planned.num_input_tokens} tokens ({expected[:12]}) of {', '.join(planned.datasets)}."
+            )
+
+    def _totals_before(self, state: TrainerState, args: TrainingArguments) -> dict[str, int] | None:
+        if state.global_step == 0:
+            return None
+        kept = (state.stateful_callbacks or {}).get(type(self).__name__, {}).get("attributes", {})
+        if kept.get("group_sha256") != self.plan.group(self.group).group_sha256:
+            raise MeritError(
+                f"group {self.group}: the checkpoint to resume from (step {state.global_step}) was not trained under this plan "
+                "and group, so its tokens are unknown. Start again without it."
+            )
+        # Each process adds its own count to the total; the restored one must enter once.
+        return kept["totals"]
+
+
+def _calling_trainer() -> Trainer:
+    """The trainer that called the callback: transformers hands callbacks everything but the trainer itself."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, Trainer):
+            return candidate
+        frame = frame.f_back  # type: ignore[assignment]
+    raise MeritError("MeritCallback works as a callback of a transformers Trainer; give it in `callbacks=`.")

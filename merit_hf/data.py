@@ -1,0 +1,244 @@
+"""A dataset entry of CONFIG → the rows TRL is given, and what identifies and counts them.
+
+`load_rows` reads and checks columns without any model; `count_tokens` measures what TRL made of the rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from merit_hf.config import ConfigError, DatasetSection
+from merit_hf.hub import pin_revision
+
+_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_MAPPED = ("prompt", "completion", "messages", "text")
+_EXTRA = ("tools", "chat_template_kwargs")
+_DIGEST_MODULUS = 1 << 256
+
+
+@dataclass(frozen=True)
+class LoadedDataset:
+    """A dataset as read: the columns TRL needs, nothing tokenised.
+
+    Attributes:
+        name: as in CONFIG.
+        train, eval: rows to train on and held-out rows (None where there are none).
+        format: TRL's name of the format, such as `conversational prompt-completion`.
+        fingerprint: sha256 over the canonical JSON of the train rows.
+        repo_id, revision: on the Hub; None for a local file.
+    """
+
+    name: str
+    train: datasets.Dataset
+    eval: datasets.Dataset | None
+    format: str
+    fingerprint: str
+    repo_id: str | None
+    revision: str | None
+
+
+def is_local(path: str, root: Path) -> bool:
+    """True where `path` names something on this machine: an existing path, or one that cannot be a Hub id."""
+    return (root / path).exists() or Path(path).suffix in _LOADERS or path.startswith((".", "/", "~"))
+
+
+def load_rows(spec: DatasetSection, root: Path, text_field: str = "text") -> LoadedDataset:
+    """Read one dataset, keep and name its columns as TRL expects, and hold rows out.
+
+    Raises:
+        ConfigError: no such file or repo, a column that is not there, a format TRL does not know.
+    """
+    local = is_local(spec.path, root)
+    revision = None if local else pin_revision(spec.path, spec.revision, repo_type="dataset", where=spec.name)
+    train = _columns(_read(spec, spec.path, spec.split, root, revision), spec, text_field)
+    if spec.eval_path is not None:
+        held_out = _columns(_read(spec, spec.eval_path, spec.eval_split or spec.split, root, None), spec, text_field)
+    elif spec.eval_split is not None:
+        held_out = _columns(_read(spec, spec.path, spec.eval_split, root, revision), spec, text_field)
+    else:
+        train, held_out = hold_out(train, spec.eval_fraction, spec.name)
+    if held_out is not None and len(held_out) == 0:
+        held_out = None
+    return LoadedDataset(
+        name=spec.name,
+        train=train,
+        eval=held_out,
+        format=format_name(train) if len(train) else "empty",
+        fingerprint=fingerprint(train),
+        repo_id=None if local else spec.path,
+        revision=revision,
+    )
+
+
+def hold_out(rows: datasets.Dataset, fraction: float, name: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Split off `round(fraction · n)` rows, chosen by the dataset's name alone; never the last row of a dataset."""
+    count = min(round(fraction * len(rows)), max(0, len(rows) - 1))
+    if count == 0:
+        return rows, None
+    order = np.random.default_rng(seed_of("hold-out", name)).permutation(len(rows))
+    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+
+
+def seed_of(*parts: object) -> int:
+    """A 64-bit seed from any values, the same in every process and session."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big")
+
+
+def fingerprint(rows: datasets.Dataset) -> str:
+    """sha256 over the rows' canonical JSON, one line a row, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def format_name(rows: datasets.Dataset) -> str:
+    """TRL's name for the rows' format, read from the first row as TRL does."""
+    first = rows[0]
+    kind = "prompt-completion" if "prompt" in first else "language modeling"
+    value = first.get("prompt", first.get("messages", first.get("conversations")))
+    return f"conversational {kind}" if isinstance(value, list) else kind
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What a tokenised dataset holds.
+
+    Attributes:
+        input_tokens, loss_tokens: int64 arrays, one entry a row. A sequence's first token bears no loss, since nothing
+            predicts it.
+        digest: sum modulo 2²⁵⁶ of every sequence's sha256 over input_ids and labels, so that it does not depend on the
+            order of the sequences and that a group's digest is the sum of its datasets'.
+    """
+
+    input_tokens: np.ndarray
+    loss_tokens: np.ndarray
+    digest: int
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.input_tokens)
+
+    @property
+    def num_input_tokens(self) -> int:
+        return int(self.input_tokens.sum())
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_tokens.sum())
+
+
+def count_tokens(rows: datasets.Dataset) -> TokenCounts:
+    """Count and digest tokenised rows (`input_ids`, `labels`, and `seq_lengths` where several are packed in a row)."""
+    input_tokens, loss_tokens, digest = [], [], 0
+    for row in rows:
+        ids = np.asarray(row["input_ids"], dtype=np.int64)
+        labels = np.asarray(row["labels"], dtype=np.int64)
+        row_loss = 0
+        start = 0
+        for length in row.get("seq_lengths") or [len(ids)]:
+            piece_ids, piece_labels = ids[start : start + length], labels[start : start + length]
+            row_loss += int((piece_labels[1:] != -100).sum())
+            digest += int.from_bytes(hashlib.sha256(piece_ids.tobytes() + piece_labels.tobytes()).digest(), "big")
+            start += length
+        input_tokens.append(len(ids))
+        loss_tokens.append(row_loss)
+    counts = np.array(input_tokens, dtype=np.int64), np.array(loss_tokens, dtype=np.int64)
+    return TokenCounts(*counts, digest % _DIGEST_MODULUS)
+
+
+def add_digests(digests: list[str]) -> str:
+    """The digest of the union of several tokenised datasets, in hexadecimal."""
+    return format_digest(sum(int(digest, 16) for digest in digests))
+
+
+def format_digest(digest: int) -> str:
+    return f"{digest % _DIGEST_MODULUS:064x}"
+
+
+def resolve_spec(entry: dict[str, Any]) -> DatasetSection:
+    """A dataset entry of a plan's resolved config, as a [`DatasetSection`]."""
+    known = {field for field in DatasetSection.model_fields}
+    return DatasetSection(**{key: value for key, value in entry.items() if key in known})
+
+
+def _read(spec: DatasetSection, path: str, split: str, root: Path, revision: str | None) -> datasets.Dataset:
+    where = f"datasets.{spec.name}.path={path!r}"
+    if not is_local(path, root):
+        try:
+            return datasets.load_dataset(path, spec.config, split=split, revision=revision)
+        except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ConfigError(f"{where}: cannot be loaded from the Hub: {' '.join(str(error).split())}") from error
+    file = (root / path).expanduser()
+    if not file.exists():
+        near = difflib.get_close_matches(
+            file.name, [p.name for p in file.parent.glob("*")] if file.parent.exists() else [], n=1
+        )
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise ConfigError(f"{where}: no such file (looked for {file}).{hint}")
+    if file.suffix not in _LOADERS:
+        raise ConfigError(f"{where}: expected one of {', '.join(_LOADERS)}, found `{file.suffix or 'a folder'}`.")
+    if file.stat().st_size == 0:
+        return datasets.Dataset.from_dict({})
+    try:
+        return datasets.load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train")
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ConfigError(
+            f"{where}: not readable as {file.suffix}: {' '.join(str(error.__cause__ or error).split())}"
+        ) from error
+
+
+def _columns(rows: datasets.Dataset, spec: DatasetSection, text_field: str) -> datasets.Dataset:
+    """Only the columns TRL reads, under TRL's names."""
+    if not rows.column_names:
+        return rows
+    found = rows.column_names
+    mapping = {target: getattr(spec, target) for target in _MAPPED if getattr(spec, target) is not None}
+    for target, column in mapping.items():
+        if column not in found:
+            near = difflib.get_close_matches(column, found, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"datasets.{spec.name}.{target}={column!r}: no such column. Found: {', '.join(found)}. "
+                f"Did you mean `{near[0]}`?"
+            )
+    if not mapping:
+        mapping = _natural_columns(found, spec.name, text_field)
+    if ("prompt" in mapping) != ("completion" in mapping):
+        missing = "completion" if "prompt" in mapping else "prompt"
+        raise ConfigError(
+            f"datasets.{spec.name}: `prompt` and `completion` go together, but `{missing}` is not given. Found: {', '.join(found)}."
+        )
+    if "text" in mapping:
+        mapping[text_field] = mapping.pop("text")
+    extra = [column for column in _EXTRA if column in found and column not in mapping.values()]
+    rows = rows.select_columns([*mapping.values(), *extra])
+    rows = rows.rename_columns({column: target for target, column in mapping.items() if column != target})
+    return rows.map(_as_chat, desc=None) if spec.chat and "prompt" in mapping else rows
+
+
+def _natural_columns(found: list[str], name: str, text_field: str) -> dict[str, str]:
+    for wanted in (("messages",), ("conversations",), ("prompt", "completion"), (text_field,)):
+        if set(wanted) <= set(found):
+            return {("text" if column == text_field else column): column for column in wanted}
+    raise ConfigError(
+        f"datasets.{name}: no column that SFT knows (messages, prompt and completion, or {text_field}). "
+        f"Found: {', '.join(found)}. Map them with `prompt:` and `completion:`, `messages:` or `text:`."
+    )
+
+
+def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(row["prompt"], list):
+        return row
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }

@@ -1,0 +1,265 @@
+"""Checkpoints → one merged checkpoint, with the mergekit config that makes the same.
+
+    merge_checkpoints(base, [first, second], weights=[3, 1], output="merged")
+
+Any fine-tunes of one base; `group_merge.merge_groups` takes a plan's groups and verifies them first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from merit_hf.average import FLOATS, Average, Checkpoint, align, dtype_name
+from merit_hf.checkpoint import ShardWriter, TensorInfo, atomic_folder, read_model_config, side_files
+from merit_hf.config import ConfigError, MeritError
+
+Engine = Literal["safetensors", "mergekit"]
+MERGEKIT_CONFIG_NAME = "mergekit_config.yml"
+_OUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class MergeStats:
+    """What a merge did. All distances are Euclidean over all floating parameters, computed in float64.
+
+    Attributes:
+        num_tensors, num_parameters: of the merged model as stored.
+        displacement: ‖θ̄ − θ0‖, before the cast.
+        group_displacements: ‖θ_k − θ0‖, in the order of the checkpoints.
+        cast_loss: ‖cast(θ̄) − θ̄‖. cast_share: its share of the displacement.
+        out_dtype: of most parameters.
+        seconds: wall time.
+    """
+
+    num_tensors: int
+    num_parameters: int
+    displacement: float
+    group_displacements: list[float]
+    cast_loss: float
+    out_dtype: str
+    seconds: float
+
+    @property
+    def cast_share(self) -> float:
+        return self.cast_loss / self.displacement if self.displacement else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For merit.json: without the time, and to 6 digits, so that a merge run again writes the same bytes."""
+        distances = {
+            "displacement": self.displacement,
+            "group_displacements": self.group_displacements,
+            "cast_loss": self.cast_loss,
+            "cast_share": self.cast_share,
+        }
+        return {"num_tensors": self.num_tensors, "num_parameters": self.num_parameters, **_six_digits(distances)}
+
+
+def merge_checkpoints(
+    base: str | Path,
+    checkpoints: Sequence[str | Path],
+    weights: Sequence[float],
+    output: str | Path,
+    out_dtype: str | None = None,
+    engine: Engine = "safetensors",
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeStats:
+    """Write θ̄ = Σ_k w_k θ_k, w normalised, with every side file of the base and `mergekit_config.yml`.
+
+    Args:
+        base (`str` or `Path`): folder of θ0: gives keys, dtypes and side files, and is where displacements start.
+        checkpoints (`Sequence`): folders of θ_k, fine-tuned from it.
+        weights (`Sequence[float]`): one a checkpoint, positive.
+        output (`str` or `Path`): new folder. Work goes on in `output.part`; a finished folder is complete.
+        out_dtype (`str`, *optional*): `float32`, `bfloat16` or `float16`. Default: each tensor's dtype in the base.
+        engine: `safetensors` streams the mean in float64; `mergekit` lets mergekit compute it, and checks its result.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): of an output file.
+        progress (`Callable`, *optional*): called after each tensor with tensors done and in all.
+
+    Raises:
+        ConfigError: a weight is not positive and finite, a checkpoint is listed twice, or `output` exists.
+        MeritError: the checkpoints do not fit the base or each other, hold a non-finite value, or cannot be read.
+    """
+    with atomic_folder(Path(output)) as part:
+        stats = merge_into(part, base, checkpoints, weights, out_dtype, engine, max_shard_size, progress)
+    return stats
+
+
+def merge_into(
+    part: Path,
+    base: str | Path,
+    checkpoints: Sequence[str | Path],
+    weights: Sequence[float],
+    out_dtype: str | None = None,
+    engine: Engine = "safetensors",
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeStats:
+    """[`merge_checkpoints`] into an existing empty folder, for callers that add files before they rename it."""
+    start = time.monotonic()
+    folders = [Path(checkpoint).resolve() for checkpoint in checkpoints]
+    fractions = _fractions(folders, weights)
+    _check_choice("engine", engine, ("safetensors", "mergekit"))
+    _check_choice("out_dtype", out_dtype, (None, *_OUT_DTYPES))
+    origin, *groups = align(Path(base), folders)
+    tensors = {
+        name: TensorInfo(_OUT_DTYPES[out_dtype] if out_dtype and info.dtype in FLOATS else info.dtype, info.shape)
+        for name, info in origin.tensors.items()
+    }
+    dtype = _main_dtype(tensors)
+    _copy_side_files(Path(base), part, out_dtype)
+    result = None
+    if engine == "mergekit":
+        result = _run_mergekit(mergekit_config([str(folder) for folder in folders], fractions, dtype), part, tensors)
+    average = Average(origin, groups, fractions, result)
+    with ShardWriter(part, tensors, max_shard_size) as writer:
+        for done, name in enumerate(writer.names, start=1):
+            writer.write(name, average.pieces(name, FLOATS.get(tensors[name].dtype, torch.float32)))
+            if progress is not None:
+                progress(done, len(tensors))
+    if result is not None:
+        shutil.rmtree(result.folder)
+    recipe = mergekit_config([model_reference(folder) for folder in folders], fractions, dtype)
+    (part / MERGEKIT_CONFIG_NAME).write_text(recipe, encoding="utf-8")
+    return MergeStats(
+        num_tensors=len(tensors),
+        num_parameters=sum(info.num_elements for info in tensors.values()),
+        displacement=math.sqrt(average.squares["displacement"]),
+        group_displacements=[math.sqrt(square) for square in average.group_squares],
+        cast_loss=math.sqrt(average.squares["cast"]),
+        out_dtype=dtype,
+        seconds=time.monotonic() - start,
+    )
+
+
+def mergekit_config(references: Sequence[str], fractions: Sequence[float], out_dtype: str) -> str:
+    """The YAML with which `mergekit-yaml` makes the same mean, within one rounding of `out_dtype`.
+
+    `base_model` is one of the models, since mergekit otherwise takes config and tokenizer from any of them.
+    """
+    # mergekit reads `+` in a string as "with LoRA" and `@` as a revision; the long form of a path is taken as it is.
+    models = [
+        {"model": {"path": reference}} if reference.startswith("/") and set("+@") & set(reference) else reference
+        for reference in references
+    ]
+    config = {
+        "merge_method": "linear",
+        "models": [
+            {"model": model, "parameters": {"weight": fraction}}
+            for model, fraction in zip(models, fractions, strict=True)
+        ],
+        "base_model": models[0],
+        "parameters": {"normalize": True},
+        "dtype": "float32",
+        "out_dtype": out_dtype,
+    }
+
+    class Plain(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    return yaml.dump(config, Dumper=Plain, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def model_reference(folder: Path) -> str:
+    """`org/name@sha` of a snapshot in the Hub's cache, else the absolute path."""
+    found = re.fullmatch(r".*/models--(.+)/snapshots/([0-9a-f]{40})", folder.as_posix())
+    return f"{found[1].replace('--', '/')}@{found[2]}" if found else str(folder)
+
+
+def _fractions(folders: Sequence[Path], weights: Sequence[float]) -> list[float]:
+    if not folders:
+        raise ConfigError("no checkpoints to merge: give at least one.")
+    if len(weights) != len(folders):
+        raise ConfigError(f"{len(weights)} weights for {len(folders)} checkpoints: give one weight each.")
+    for folder, weight in zip(folders, weights, strict=True):
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(f"{folder}: weight {weight} is not positive and finite. Leave the checkpoint out instead.")
+        if folders.count(folder) > 1:
+            raise ConfigError(f"{folder}: listed twice. List it once, with the sum of its weights.")
+    largest = max(weights)
+    shares = [weight / largest for weight in weights]
+    return [share / math.fsum(shares) for share in shares]
+
+
+def _check_choice(what: str, found: str | None, valid: Sequence[str | None]) -> None:
+    if found not in valid:
+        raise ConfigError(f"{what} {found!r}: expected one of {', '.join(str(v) for v in valid if v)}.")
+
+
+def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """The floating dtype that most parameters are stored in."""
+    sizes = dict.fromkeys(FLOATS, 0)
+    for info in tensors.values():
+        if info.dtype in FLOATS:
+            sizes[info.dtype] += info.num_elements
+    return dtype_name(FLOATS[max(sizes, key=lambda dtype: sizes[dtype])])
+
+
+def _copy_side_files(base: Path, part: Path, out_dtype: str | None) -> None:
+    for path in side_files(base):
+        target = part / path.relative_to(base)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    if out_dtype is None:
+        return
+    config = read_model_config(base)
+    for section in (config, *(value for key, value in config.items() if key.endswith("_config"))):
+        for key in _DTYPE_KEYS:
+            if isinstance(section, dict) and section.get(key) is not None:
+                section[key] = out_dtype
+    if not any(key in config for key in _DTYPE_KEYS):
+        config["dtype"] = out_dtype
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (part / "config.json").write_text(text, encoding="utf-8")
+
+
+def _run_mergekit(recipe: str, part: Path, expected: Mapping[str, TensorInfo]) -> Checkpoint:
+    """mergekit's merge in a folder inside `part`, refused where tensors are lost or have another shape."""
+    try:
+        from mergekit.config import MergeConfiguration
+        from mergekit.merge import MergeOptions, run_merge
+    except ImportError as error:
+        raise MeritError(f"engine mergekit: {error}. Install it with `pip install 'merit_hf[mergekit]'`.") from error
+    folder = part / "mergekit.part"
+    try:
+        run_merge(
+            MergeConfiguration.model_validate(yaml.safe_load(recipe)),
+            str(folder),
+            MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False),
+        )
+    except Exception as error:  # whatever mergekit raises on an architecture that it does not know
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MeritError(f"engine mergekit failed: {reason}. Merge with engine safetensors.") from error
+    result = Checkpoint(folder)
+    lost = sorted(expected.keys() - result.tensors.keys())
+    if lost:
+        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise MeritError(
+            f"engine mergekit lost {len(lost)} of {len(expected)} tensors: {shown}. Merge with engine safetensors."
+        )
+    for name, info in expected.items():
+        if result.tensors[name].shape != info.shape:
+            raise MeritError(
+                f"engine mergekit gave {name} the shape {result.tensors[name].shape}, expected {info.shape}. "
+                "Merge with engine safetensors."
+            )
+    return result
+
+
+def _six_digits(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _six_digits(item) for key, item in value.items()}
+    return [_six_digits(item) for item in value] if isinstance(value, list) else float(f"{value:.6g}")

@@ -1,0 +1,131 @@
+"""The datasets of a CONFIG or a plan, read and tokenised: what planner, trainer and evaluation work on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from merit_hf.config import ConfigError, DatasetSection, MeritError
+from merit_hf.data import LoadedDataset, TokenCounts, count_tokens, format_digest, load_rows
+from merit_hf.plan import PartitionPlan, PlannedDataset
+from merit_hf.progress import Progress
+from merit_hf.sft import tokenize_rows
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A dataset as SFT trains on it.
+
+    Attributes:
+        train: tokenised rows (`input_ids`, `labels`), not packed. counts: their tokens.
+        eval: tokenised held-out rows, or None.
+    """
+
+    name: str
+    loaded: LoadedDataset
+    train: datasets.Dataset
+    counts: TokenCounts
+    num_dropped: int
+    num_truncated: int
+    eval: datasets.Dataset | None
+
+
+def read_mixture(
+    specs: Sequence[DatasetSection], root: Path, args: SFTConfig, progress: Progress
+) -> tuple[list[LoadedDataset], dict[str, str]]:
+    """Read every dataset, sorted by name, before any model is loaded.
+
+    Returns:
+        The datasets that hold rows, and {name: reason} of those left out.
+
+    Raises:
+        ConfigError: see [`load_rows`]; `completion_only_loss: true` on data without completions, which TRL would train
+            on in full; or no rows at all.
+    """
+    loaded, skipped = [], {}
+    with progress.stage("Reading datasets", total=len(specs)) as stage:
+        for number, spec in enumerate(sorted(specs, key=lambda spec: spec.name), 1):
+            stage.item(f"{spec.name} ({number} of {len(specs)})")
+            dataset = load_rows(spec, root, args.dataset_text_field)
+            stage.advance()
+            if not len(dataset.train):
+                skipped[spec.name] = "it has no rows"
+                continue
+            if args.completion_only_loss and "prompt-completion" not in dataset.format:
+                raise ConfigError(
+                    f"sft.completion_only_loss=true, but dataset `{spec.name}` is {dataset.format} data without a "
+                    "completion: TRL would train on every token of it. Give it `prompt:` and `completion:`, use "
+                    "sft.assistant_only_loss for chats, or leave sft.completion_only_loss out."
+                )
+            loaded.append(dataset)
+    if not loaded:
+        raise ConfigError("no dataset has any rows. Check `path` and `split` of the datasets.")
+    return loaded, skipped
+
+
+def prepare_dataset(
+    loaded: LoadedDataset, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
+) -> PreparedDataset:
+    """Tokenise by TRL and count."""
+    try:
+        train = tokenize_rows(model, tokenizer, args, loaded.train)
+        held_out = tokenize_rows(model, tokenizer, args, loaded.eval) if loaded.eval is not None else None
+    except ConfigError as error:
+        raise ConfigError(f"dataset `{loaded.name}` ({loaded.format}): {error}") from error
+    return PreparedDataset(
+        name=loaded.name,
+        loaded=loaded,
+        train=train.rows,
+        counts=count_tokens(train.rows),
+        num_dropped=train.num_dropped,
+        num_truncated=train.num_truncated,
+        eval=held_out.rows if held_out is not None and len(held_out.rows) else None,
+    )
+
+
+def plan_specs(plan: PartitionPlan, names: Sequence[str]) -> tuple[list[DatasetSection], Path]:
+    """The dataset entries behind a plan's datasets on this machine, and the folder their paths refer to.
+
+    Raises:
+        ConfigError: a dataset is local to the machine that planned, and is not here.
+    """
+    entries = {entry["name"]: entry for entry in plan.config["datasets"]}
+    local = plan.local.get("datasets", {})
+    specs = []
+    for name in names:
+        entry = {**entries[name], **local.get(name, {})}
+        pinned = next(dataset for dataset in plan.datasets if dataset.name == name)
+        if pinned.revision is not None:
+            entry["revision"] = pinned.revision
+        if entry.get("path") is None:
+            raise ConfigError(
+                f"dataset `{name}` was a local file where the plan was made (fingerprint {pinned.fingerprint[:12]}); it is not "
+                "on this machine. Plan from its own CONFIG here, or ask the plan's author for the file."
+            )
+        specs.append(DatasetSection(**entry))
+    return specs, Path(plan.local.get("root", "."))
+
+
+def check_against_plan(prepared: PreparedDataset, planned: PlannedDataset) -> None:
+    """The data must be what was planned: rows first, then the tokens TRL made of them.
+
+    Raises:
+        MeritError: with the first difference.
+    """
+    pairs = (
+        ("rows (fingerprint)", planned.fingerprint[:16], prepared.loaded.fingerprint[:16]),
+        ("number of examples", planned.num_examples, prepared.counts.num_examples),
+        ("input tokens", planned.num_input_tokens, prepared.counts.num_input_tokens),
+        ("tokens (digest)", planned.tokens_digest[:16], format_digest(prepared.counts.digest)[:16]),
+    )
+    for what, expected, found in pairs:
+        if expected != found:
+            raise MeritError(
+                f"dataset `{planned.name}`: {what} differ from the plan: planned {expected}, found {found}. "
+                "Restore the data or the tokenizer that was planned with, or plan again."
+            )

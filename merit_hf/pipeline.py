@@ -1,0 +1,110 @@
+"""`merit run`: plan → train → merge → evaluate → cards, each stage skipped where it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merit_hf.cards import merged_model_card
+from merit_hf.config import MeritConfig
+from merit_hf.evaluate import EVALUATION_NAME, evaluate_models, save_evaluation
+from merit_hf.hub import current_user, push_folder
+from merit_hf.launch import train_groups
+from merit_hf.manifest import read_manifest
+from merit_hf.group_merge import merge_groups
+from merit_hf.merge import MERGEKIT_CONFIG_NAME
+from merit_hf.plan import LOCAL_NAME, PartitionPlan
+from merit_hf.planner import MeritPlanner
+from merit_hf.progress import Progress
+from merit_hf.training import base_folder
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        evaluation: as [`evaluate_models`] returns it; None where no dataset has held-out rows.
+        pushed: {folder: commit URL} of what went to the Hub.
+    """
+
+    plan: PartitionPlan
+    groups: list[Path]
+    merged: Path
+    joint: Path | None
+    evaluation: dict[str, Any] | None
+    pushed: dict[str, str]
+
+
+def run_all(
+    config: MeritConfig,
+    output: Path,
+    joint: bool = False,
+    num_processes: int | None = None,
+    accelerate_config: Path | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """The whole road in `output`: plan/, groups/0 … K−1, merged/, evaluation.json; joint/ where it is asked for.
+
+    Args:
+        config ([`MeritConfig`]): the checked CONFIG.
+        output (`Path`): the run's folder. Running again goes on where it stopped.
+        joint (`bool`, *optional*): also train one model on everything, with the same settings, to compare with.
+        num_processes, accelerate_config: see [`train_groups`].
+        progress ([`Progress`], *optional*): where to show it.
+    """
+    progress = progress or Progress()
+    namespace = (config.hub.namespace or current_user()) if config.hub.push else None
+    plan = MeritPlanner(config, progress).plan(output / "plan")
+    launch = {"num_processes": num_processes, "accelerate_config": accelerate_config, "progress": progress}
+    groups = [output / "groups" / str(group.group) for group in plan.groups]
+    train_groups(plan, range(plan.num_groups), groups, **launch)
+    joint_model = None
+    if joint:
+        joint_plan = MeritPlanner(_joint(config), progress).plan(output / "joint" / "plan")
+        joint_model = output / "joint" / "groups" / "0"
+        train_groups(joint_plan, [0], [joint_model], **launch)
+    merged = output / "merged"
+    if not merged.exists():
+        with progress.stage("Merging", unit="tensors") as stage:
+            merge_groups(
+                plan, groups, merged, engine=config.merge.engine, weights=_weights(config),
+                out_dtype=config.merge.out_dtype, progress=stage.update,
+            )  # fmt: skip
+    models = {"base": base_folder(plan), **({"joint": joint_model} if joint_model else {})}
+    models |= {f"group-{number}": folder for number, folder in enumerate(groups)} | {"merged": merged}
+    evaluation = None
+    if any(entry["eval_path"] or entry["eval_split"] or entry["eval_fraction"] for entry in plan.config["datasets"]):
+        evaluation = evaluate_models(plan, models, progress=progress)
+        save_evaluation(evaluation, output)
+        card = merged_model_card(plan, read_manifest(merged), (merged / MERGEKIT_CONFIG_NAME).read_text(), evaluation)
+        (merged / "README.md").write_text(card, encoding="utf-8")
+    pushed = _push(config, namespace, output, plan, groups, merged) if namespace else {}
+    return RunResult(plan, groups, merged, joint_model, evaluation, pushed)
+
+
+def _joint(config: MeritConfig) -> MeritConfig:
+    return config.model_copy(update={"plan": config.plan.model_copy(update={"split": "joint", "num_groups": None})})
+
+
+def _weights(config: MeritConfig) -> str:
+    weights = config.merge.weights
+    file = config.root / weights
+    return str(file) if file.is_file() else weights
+
+
+def _push(
+    config: MeritConfig, namespace: str, output: Path, plan: PartitionPlan, groups: list[Path], merged: Path
+) -> dict[str, str]:
+    name, private = output.resolve().name, config.hub.private
+    pushed = {
+        "plan": push_folder(
+            output / "plan", f"{namespace}/{name}-plan", "dataset", private, "Upload plan", (LOCAL_NAME,)
+        )
+    }
+    for number, folder in enumerate(groups):
+        repo_id = f"{namespace}/{name}-group-{number}"
+        pushed[f"group-{number}"] = push_folder(folder, repo_id, "model", private, f"Upload group {number}")
+    pushed["merged"] = push_folder(merged, f"{namespace}/{name}-merged", "model", private, "Upload merged model")
+    return pushed

@@ -1,0 +1,377 @@
+"""PartitionPlan: the artifact between planning and training, as a folder or a Hub dataset repo.
+
+plan = PartitionPlan.from_pretrained("runs/mixture/plan")     # or "org/name", revision="…"
+plan.group(0).datasets
+
+plan.json  data/{datasets,conflict,groups}.parquet  sketches.safetensors  figures/*.png  README.md
+local.json      where this machine finds local data; never published
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from merit_hf.config import ConfigError, MeritError
+from merit_hf.conflict import conflict_matrix
+from merit_hf.readouts import SKETCHES_NAME, open_sketches
+
+SCHEMA_VERSION = 1
+PLAN_NAME = "plan.json"
+LOCAL_NAME = "local.json"
+# Beyond this many datasets conflict.parquet holds each one's extreme pairs; the whole matrix follows from the sketches.
+MAX_ALL_PAIRS = 1000
+EXTREME_PAIRS = 50
+
+
+@dataclass(frozen=True)
+class PlannedDataset:
+    """A row of data/datasets.parquet. Token counts are of one pass over the data.
+
+    Attributes:
+        num_examples, num_input_tokens, num_loss_tokens: of the examples that SFT keeps.
+        num_dropped, num_truncated: examples without a loss token after truncation; examples cut to `max_length`.
+        num_sampled: examples behind the gradient; 0 where the split needs none.
+        fingerprint: sha256 of the rows. tokens_digest: of the token sequences and labels, whatever their order.
+    """
+
+    name: str
+    group: int
+    tag: str | None
+    format: str
+    fingerprint: str
+    tokens_digest: str
+    num_examples: int
+    num_input_tokens: int
+    num_loss_tokens: int
+    num_dropped: int = 0
+    num_truncated: int = 0
+    num_sampled: int = 0
+    gradient_norm: float | None = None
+    base_loss: float | None = None
+    coordinates: list[float] = field(default_factory=list)
+    repo_id: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """A row of data/groups.parquet.
+
+    Attributes:
+        num_examples, num_input_tokens, num_loss_tokens: of one pass over the group's data.
+        num_steps, train_input_tokens, train_loss_tokens: of the whole training, replayed from the data and the SFT
+            settings. Merge weights come from these.
+        weight: share of `train_input_tokens`.
+        group_sha256: identity of base, template, data and SFT settings that this group's checkpoint must have.
+    """
+
+    group: int
+    datasets: list[str]
+    num_examples: int
+    num_input_tokens: int
+    num_loss_tokens: int
+    num_steps: int
+    train_input_tokens: int
+    train_loss_tokens: int
+    weight: float
+    group_sha256: str
+
+
+@dataclass
+class PartitionPlan:
+    """A finished plan.
+
+    Attributes:
+        config: CONFIG as resolved, without local paths.
+        base: repo_id, revision, weights_sha256, chat_template_sha256, dtype.
+        datasets: sorted by name.
+        groups: 0 … K−1.
+        sft: the identity fields of the SFT settings.
+        conflict_matrix: float64 [T, T] in the order of `datasets`; None where the split needs no gradients.
+        explained: share of the variance of C on each axis. bounds: what can be trusted of the axes.
+        skipped: datasets left out, with the reason.
+        inputs_sha256: of what the planner was given; the same inputs are not planned twice.
+        local: {"base": folder, "datasets": {name: {"path", "eval_path"}}, "root": folder} on this machine.
+    """
+
+    config: dict[str, Any]
+    base: dict[str, Any]
+    datasets: list[PlannedDataset]
+    groups: list[PlannedGroup]
+    sft: dict[str, Any]
+    conflict_matrix: np.ndarray | None = None
+    explained: list[float] = field(default_factory=list)
+    bounds: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    inputs_sha256: str = ""
+    repo_id: str | None = None
+    revision: str | None = None
+    local: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.groups)
+
+    @property
+    def names(self) -> list[str]:
+        return [dataset.name for dataset in self.datasets]
+
+    @property
+    def sha256(self) -> str:
+        """The plan's identity: what determines training and merging, and nothing else."""
+        return canonical_sha256(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "groups": [
+                    {"group_sha256": group.group_sha256, "train_input_tokens": group.train_input_tokens}
+                    for group in self.groups
+                ],
+            }
+        )
+
+    def group(self, number: int) -> PlannedGroup:
+        """Raises ConfigError where there is no such group."""
+        if not 0 <= number < self.num_groups:
+            raise ConfigError(f"group {number}: the plan has groups 0 to {self.num_groups - 1}.")
+        return self.groups[number]
+
+    def members(self, number: int) -> list[PlannedDataset]:
+        """The datasets of a group, in the order of names."""
+        self.group(number)
+        return [dataset for dataset in self.datasets if dataset.group == number]
+
+    def group_sft(self, number: int) -> dict[str, Any]:
+        """The identity fields of one group's training: `max_steps` is the mixture's, of which it takes its share."""
+        if self.sft["max_steps"] <= 0:
+            return self.sft
+        return {**self.sft, "max_steps": self.group(number).num_steps}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write plan.json, the tables, local.json, figures and the card. Sketches are the planner's to put beside them."""
+        from merit_hf.cards import plan_dataset_card
+        from merit_hf.figures import save_plan_figures
+
+        folder = Path(folder)
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        tables = {"datasets": self._dataset_table(), "groups": self._group_table(), "conflict": self._conflict_table()}
+        for name, table in tables.items():
+            if table is not None:
+                pq.write_table(table, folder / "data" / f"{name}.parquet")
+        (folder / LOCAL_NAME).write_text(json.dumps(self.local, indent=2) + "\n", encoding="utf-8")
+        save_plan_figures(self, folder)
+        (folder / "README.md").write_text(plan_dataset_card(self), encoding="utf-8")
+        (folder / PLAN_NAME).write_text(
+            json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of plan.json."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "sha256": self.sha256,
+            "config": self.config,
+            "base": self.base,
+            "seed": self.config["plan"]["seed"],
+            "sketch": {"kind": self.config["plan"]["sketch"], "dim": self.config["plan"]["sketch_dim"], "seed": self.config["plan"]["seed"]},
+            "sft": self.sft,
+            "explained": self.explained,
+            "bounds": self.bounds,
+            "skipped": self.skipped,
+            "inputs_sha256": self.inputs_sha256,
+            "cost": self.cost,
+            "versions": self.versions,
+        }  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> PartitionPlan:
+        """Load a plan from a folder or a Hub dataset repo (`org/name` or `org/name@revision`).
+
+        Raises:
+            ConfigError: no plan there. MeritError: its parts contradict each other or its recorded sha256.
+        """
+        folder, repo_id, sha = _locate(path, revision)
+        content = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise MeritError(
+                f"{folder / PLAN_NAME}: schema_version {content.get('schema_version')}, expected {SCHEMA_VERSION}. "
+                "Use the merit_hf release that wrote it, or plan again."
+            )
+        local = folder / LOCAL_NAME
+        plan = cls(
+            datasets=[
+                PlannedDataset(name=row.pop("dataset"), **row)
+                for row in pq.read_table(folder / "data" / "datasets.parquet").to_pylist()
+            ],
+            groups=[PlannedGroup(**row) for row in pq.read_table(folder / "data" / "groups.parquet").to_pylist()],
+            local=json.loads(local.read_text(encoding="utf-8")) if local.exists() else {},
+            repo_id=repo_id,
+            revision=sha,
+            folder=folder,
+            **{
+                key: content[key]
+                for key in (
+                    "config",
+                    "base",
+                    "sft",
+                    "explained",
+                    "bounds",
+                    "skipped",
+                    "cost",
+                    "versions",
+                    "inputs_sha256",
+                )
+            },
+        )
+        plan.conflict_matrix = plan._load_conflict_matrix(folder)
+        plan._check_identity(content["sha256"], folder)
+        return plan
+
+    def push_to_hub(self, repo_id: str, private: bool = True) -> str:
+        """Upload the plan's folder as one commit of a dataset repo, without local.json; returns the commit's URL."""
+        from merit_hf.hub import push_folder
+
+        if self.folder is None:
+            raise ConfigError("save_pretrained the plan and load it from there before push_to_hub.")
+        return push_folder(self.folder, repo_id, "dataset", private, "Upload partition plan", (LOCAL_NAME,))
+
+    def load_sketches(self) -> np.ndarray | None:
+        """The gradient read-outs, float32 [T, dim], memory-mapped; None where the split needed none."""
+        path = self.folder / SKETCHES_NAME if self.folder else None
+        return open_sketches(path) if path is not None and path.exists() else None
+
+    def _check_identity(self, recorded: str, folder: Path) -> None:
+        for group in self.groups:
+            expected = group_identity(self.base, self.members(group.group), self.group_sft(group.group))
+            if group.group_sha256 != expected:
+                raise MeritError(
+                    f"{folder}: group {group.group} records {group.group_sha256[:12]}, its content gives {expected[:12]}. "
+                    "The plan was changed by hand; plan again."
+                )
+        if recorded != self.sha256:
+            raise MeritError(
+                f"{folder}: plan.json records sha256 {recorded[:12]}, the tables give {self.sha256[:12]}. Plan again."
+            )
+
+    def _dataset_table(self) -> pa.Table:
+        rows = [dataclasses.asdict(dataset) for dataset in self.datasets]
+        return pa.Table.from_pylist([{"dataset": row.pop("name"), **row} for row in rows], schema=_DATASET_SCHEMA)
+
+    def _group_table(self) -> pa.Table:
+        return pa.Table.from_pylist([dataclasses.asdict(group) for group in self.groups], schema=_GROUP_SCHEMA)
+
+    def _conflict_table(self) -> pa.Table | None:
+        if self.conflict_matrix is None:
+            return None
+        rows, columns = conflict_pairs(self.conflict_matrix)
+        names = np.array(self.names, dtype=object)
+        return pa.table(
+            {
+                "dataset_a": pa.array(names[rows]),
+                "dataset_b": pa.array(names[columns]),
+                "cosine": pa.array(self.conflict_matrix[rows, columns]),
+            }
+        )
+
+    def _load_conflict_matrix(self, folder: Path) -> np.ndarray | None:
+        path = folder / "data" / "conflict.parquet"
+        if not path.exists():
+            return None
+        count = len(self.datasets)
+        if count > MAX_ALL_PAIRS:
+            sketches = self.load_sketches()
+            return None if sketches is None else conflict_matrix(sketches)
+        position = {name: index for index, name in enumerate(self.names)}
+        table = pq.read_table(path).to_pydict()
+        matrix = np.eye(count)
+        for a, b, cosine in zip(table["dataset_a"], table["dataset_b"], table["cosine"], strict=True):
+            matrix[position[a], position[b]] = cosine
+        return matrix
+
+
+def conflict_pairs(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column indices that conflict.parquet lists: every ordered pair, or each row's extremes where T is large."""
+    count = len(matrix)
+    if count <= MAX_ALL_PAIRS:
+        rows, columns = np.nonzero(~np.eye(count, dtype=bool))
+        return rows, columns
+    # The diagonal is 1, so every row's own entry is the last of the sorted order.
+    order = np.argsort(matrix, axis=1, kind="stable")
+    picked = np.concatenate([order[:, :EXTREME_PAIRS], order[:, -EXTREME_PAIRS - 1 : -1]], axis=1)
+    return np.repeat(np.arange(count), 2 * EXTREME_PAIRS), picked.ravel()
+
+
+def canonical_sha256(value: Any) -> str:
+    """sha256 of the canonical JSON: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def group_identity(base: dict[str, Any], members: Sequence[PlannedDataset], sft: dict[str, Any]) -> str:
+    """group_sha256: base weights, chat template, the members' data and the identity fields of the SFT settings."""
+    return canonical_sha256(
+        {
+            "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256")},
+            "datasets": [
+                {
+                    "name": member.name,
+                    "fingerprint": member.fingerprint,
+                    "tokens_digest": member.tokens_digest,
+                    "num_examples": member.num_examples,
+                    "num_input_tokens": member.num_input_tokens,
+                    "num_loss_tokens": member.num_loss_tokens,
+                }
+                for member in sorted(members, key=lambda member: member.name)
+            ],
+            "sft": sft,
+        }
+    )
+
+
+def _locate(path: str | Path, revision: str | None) -> tuple[Path, str | None, str | None]:
+    folder = Path(path)
+    if (folder / PLAN_NAME).is_file():
+        return folder, None, None
+    if folder.exists():
+        raise ConfigError(
+            f"{path}: no {PLAN_NAME} in it, so it is not a plan. `merit plan CONFIG --output {path}` makes one."
+        )
+    repo_id, _, at = str(path).partition("@")
+    from merit_hf.hub import fetch_plan, pin_revision
+
+    sha = pin_revision(repo_id, at or revision, "dataset", "plan")
+    return fetch_plan(repo_id, sha), repo_id, sha
+
+
+_DATASET_SCHEMA = pa.schema(
+    [
+        ("dataset", pa.string()), ("group", pa.int64()), ("tag", pa.string()), ("format", pa.string()),
+        ("fingerprint", pa.string()), ("tokens_digest", pa.string()), ("num_examples", pa.int64()),
+        ("num_input_tokens", pa.int64()), ("num_loss_tokens", pa.int64()), ("num_dropped", pa.int64()),
+        ("num_truncated", pa.int64()), ("num_sampled", pa.int64()), ("gradient_norm", pa.float64()),
+        ("base_loss", pa.float64()), ("coordinates", pa.list_(pa.float64())), ("repo_id", pa.string()),
+        ("config", pa.string()), ("split", pa.string()), ("revision", pa.string()),
+    ]
+)  # fmt: skip
+_GROUP_SCHEMA = pa.schema(
+    [
+        ("group", pa.int64()), ("datasets", pa.list_(pa.string())), ("num_examples", pa.int64()),
+        ("num_input_tokens", pa.int64()), ("num_loss_tokens", pa.int64()), ("num_steps", pa.int64()),
+        ("train_input_tokens", pa.int64()), ("train_loss_tokens", pa.int64()), ("weight", pa.float64()),
+        ("group_sha256", pa.string()),
+    ]
+)  # fmt: skip

@@ -1,0 +1,249 @@
+"""The one room that speaks to TRL: its arguments, its data preparation, its loss.
+
+Planner, trainer and evaluation all build their `SFTTrainer` here, so that the gradient that is planned with is the
+gradient of the loss that is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from merit_hf.config import ConfigError, MeritError
+
+# What decides the trained weights. Every other field of SFTConfig is placement: where and how the same training runs.
+# The two batch fields are in neither list: their product is the identity `effective_batch_size`.
+IDENTITY_FIELDS = (
+    "adam_beta1", "adam_beta2", "adam_epsilon", "assistant_only_loss", "average_tokens_across_devices",
+    "completion_only_loss", "data_seed", "dataloader_drop_last", "eos_token", "greater_is_better",
+    "label_smoothing_factor", "learning_rate", "load_best_model_at_end", "loss_type", "lr_scheduler_kwargs",
+    "lr_scheduler_type", "max_grad_norm", "max_length", "max_steps", "metric_for_best_model", "neftune_noise_alpha",
+    "num_train_epochs", "optim", "optim_args", "optim_target_modules", "packing", "packing_strategy", "padding_free",
+    "router_aux_loss_coef", "seed", "shuffle_dataset", "train_sampling_strategy", "truncation_mode", "warmup_steps",
+    "weight_decay",
+)  # fmt: skip
+BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_UNPACKED = {"packing": False, "padding_free": False, "shuffle_dataset": False}
+_OURS = {
+    "output_dir": "Give the folder with --output.",
+    "resume_from_checkpoint": "Run the same command again to resume.",
+}
+
+
+def build_args(sft: Mapping[str, Any], output_dir: str | Path, **overrides: Any) -> SFTConfig:
+    """TRL's arguments from the `sft:` block.
+
+    Where the block is silent: no reporting integration, and on a machine without an accelerator plain float32.
+
+    Raises:
+        ConfigError: a field that MERIT sets itself, or a combination that SFTConfig refuses.
+    """
+    for field, cure in _OURS.items():
+        if field in sft:
+            raise ConfigError(f"sft.{field}={sft[field]!r} is set by merit itself. {cure}")
+    if (sft.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
+        raise ConfigError(
+            "sft.dataset_kwargs.skip_prepare_dataset=true: merit reads the tokens that TRL prepares. Leave it out."
+        )
+    values: dict[str, Any] = {"report_to": "none", **sft, **overrides}
+    if not torch.accelerator.is_available():
+        values["use_cpu"] = True
+        values.setdefault("bf16", False)
+        values.setdefault("dataloader_pin_memory", False)
+    # transformers falls back on torch's global seed for the order of the examples; the plan pins it.
+    values.setdefault("data_seed", values.get("seed", SFTConfig.seed))
+    try:
+        return SFTConfig(output_dir=str(output_dir), **values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"sft: {_one_line(error)}") from error
+
+
+def identity_fields(args: SFTConfig, num_processes: int = 1) -> dict[str, Any]:
+    """The fields of `args` that decide the trained weights, as plain JSON values."""
+    fields = {name: _plain(getattr(args, name)) for name in IDENTITY_FIELDS}
+    # Without a data seed of its own, the order of the examples comes from the seed.
+    fields["data_seed"] = args.seed if args.data_seed is None else args.data_seed
+    per_device, accumulation = (getattr(args, name) for name in BATCH_FIELDS)
+    return {**fields, "effective_batch_size": per_device * accumulation * num_processes}
+
+
+@contextlib.contextmanager
+def group_steps(args: SFTConfig, share: float) -> Iterator[None]:
+    """`args` with a group's share of `max_steps`, where the mixture's training is bounded by it."""
+    steps = max(1, round(args.max_steps * share)) if args.max_steps > 0 else args.max_steps
+    with _replaced(args, max_steps=steps):
+        yield
+
+
+def take_chat_template(sft: Mapping[str, Any], root: Path) -> tuple[dict[str, Any], str | None]:
+    """`sft` without `chat_template_path`, and the text of the template it names (relative to CONFIG)."""
+    rest = dict(sft)
+    path = rest.pop("chat_template_path", None)
+    if path is None:
+        return rest, None
+    file = root / path
+    if not file.is_file():
+        raise ConfigError(f"sft.chat_template_path={path!r}: no such file (looked for {file}). Give a .jinja file.")
+    return rest, file.read_text(encoding="utf-8")
+
+
+def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with `chat_template` in place of its own where one is given."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise MeritError(f"{folder}: no tokenizer can be loaded from the base: {_one_line(error)}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def load_model(folder: str | Path, args: SFTConfig | None = None) -> PreTrainedModel:
+    """The base as a causal language model with float32 master weights, unless `sft.model_init_kwargs` says otherwise."""
+    kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
+    kwargs.setdefault("dtype", torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
+    except (OSError, ValueError) as error:
+        raise MeritError(f"{folder}: the base cannot be loaded: {_one_line(error)}") from error
+    model.config.use_cache = False
+    return model
+
+
+@contextlib.contextmanager
+def open_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    train_dataset: datasets.Dataset,
+    **kwargs: Any,
+) -> Iterator[SFTTrainer]:
+    """An `SFTTrainer` whose patch of `model.forward` is taken off at the end.
+
+    Each SFTTrainer wraps the forward of the one before it, so that hundreds of them on one model would recurse.
+    """
+    # Tokenised rows carry their labels; TRL would look for the chat they came from.
+    masked = {"assistant_only_loss": False} if "input_ids" in train_dataset.column_names else {}
+    try:
+        with _replaced(args, **masked):
+            trainer = SFTTrainer(model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ConfigError(f"TRL refuses the data: {_one_line(error)}") from error
+    try:
+        yield trainer
+    finally:
+        model.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def open_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, rows: datasets.Dataset
+) -> Iterator[SFTTrainer]:
+    """A trainer that only computes losses: tokenised `rows` as they are, one sequence a row, the model in eval mode."""
+    was_training = model.training
+    with _replaced(args, **_UNPACKED, max_length=None), open_trainer(model, tokenizer, args, rows) as trainer:
+        model.eval()
+        try:
+            yield trainer
+        finally:
+            model.train(was_training)
+
+
+@dataclass(frozen=True)
+class TokenizedRows:
+    """The examples SFT trains on, in order.
+
+    Attributes:
+        rows: columns `input_ids` and `labels` (-100 where a token bears no loss).
+        num_dropped: examples that TRL left out because truncation left no loss token.
+        num_truncated: kept examples that lost tokens to `max_length`.
+    """
+
+    rows: datasets.Dataset
+    num_dropped: int
+    num_truncated: int
+
+
+def tokenize_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, rows: datasets.Dataset
+) -> TokenizedRows:
+    """Let TRL prepare `rows`: template, tokens, labels, truncation, dropped examples. Not packed: see `training_rows`.
+
+    `model` is only what SFTTrainer's constructor asks for; its weights are not used.
+    """
+    whole = _prepared(model, tokenizer, args, rows, max_length=None)
+    # Strategies that split long sequences over rows keep every token, so there is nothing to truncate.
+    if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):
+        return TokenizedRows(whole.select_columns(["input_ids", "labels"]), 0, 0)
+    whole = whole.add_column("num_tokens", [len(ids) for ids in whole["input_ids"]])
+    kept = _prepared(model, tokenizer, args, whole, max_length=args.max_length)
+    num_truncated = sum(length > args.max_length for length in kept["num_tokens"])
+    return TokenizedRows(kept.select_columns(["input_ids", "labels"]), len(whole) - len(kept), num_truncated)
+
+
+def training_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, rows: datasets.Dataset
+) -> datasets.Dataset:
+    """`rows` (tokenised) as the training loop will hold them: packed and shuffled where `args` say so."""
+    if not (args.packing or args.shuffle_dataset):
+        return rows
+    with open_trainer(model, tokenizer, args, rows) as trainer:
+        return trainer.train_dataset
+
+
+def collate(trainer: SFTTrainer, rows: datasets.Dataset, indices: list[int]) -> dict[str, torch.Tensor]:
+    """The rows at `indices` as the batch that TRL's collator makes of them, on the model's device."""
+    batch = trainer.data_collator([rows[index] for index in indices])
+    return {key: value.to(trainer.args.device) for key, value in batch.items()}
+
+
+def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """SFT's loss of one collated batch, summed over its loss tokens (nats) instead of averaged."""
+    with trainer.accelerator.autocast():
+        return trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1.0))
+
+
+def _prepared(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    rows: datasets.Dataset,
+    max_length: int | None,
+) -> datasets.Dataset:
+    with _replaced(args, **_UNPACKED, max_length=max_length), open_trainer(model, tokenizer, args, rows) as trainer:
+        return trainer.train_dataset
+
+
+@contextlib.contextmanager
+def _replaced(args: SFTConfig, **values: Any) -> Iterator[None]:
+    before = {name: getattr(args, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of the chat template's text; of the empty string where there is none."""
+    return hashlib.sha256((tokenizer.chat_template or "").encode("utf-8")).hexdigest()

@@ -1,0 +1,121 @@
+"""How a gradient is read out: `count_sketch` (a seeded linear projection), `stride` (every s-th entry) or `exact`.
+
+All three are linear in the gradient, so parts of it (parameters, shards, micro-batches) may be read out one by one and
+summed. Nothing depends on the order of the parameters or on the process that does the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+# Entries hashed at a time: small enough for the temporaries to stay in a core's cache.
+_CHUNK = 1 << 18
+
+
+class Sketch(Protocol):
+    """Reads gradients out into float32 vectors of length `dim`."""
+
+    dim: int
+
+    def add(self, out: torch.Tensor, name: str, gradient: torch.Tensor, offset: int = 0) -> None:
+        """Add the read-out of entries `offset …` of parameter `name` (flattened) to `out` in place."""
+
+
+def make_sketch(kind: str, parameters: Iterable[tuple[str, int]], dim: int, stride: int, seed: int) -> Sketch:
+    """The sketch that `plan.sketch` names.
+
+    Args:
+        parameters: (name, number of entries) of every trained parameter, in any order.
+        dim: length of a count sketch; the others' follows from the parameters.
+        stride: of `stride`.
+        seed: of `count_sketch`.
+    """
+    if kind == "count_sketch":
+        return CountSketch(dim, seed)
+    return StrideSketch(parameters, 1 if kind == "exact" else stride)
+
+
+class CountSketch:
+    """s = R g, where column j of R holds one ±1 in a random row, so that E⟨R g, R h⟩ = ⟨g, h⟩.
+
+    Row and sign come from a hash of (seed, parameter name, flat index): nothing is stored, and every process and every
+    later session agrees. Charikar, Chen and Farach-Colton, "Finding frequent items in data streams" (2002); the error
+    of one cosine has a standard deviation of at most about 1/√dim.
+    """
+
+    def __init__(self, dim: int, seed: int) -> None:
+        self.dim = dim
+        self.seed = seed
+
+    def add(self, out: torch.Tensor, name: str, gradient: torch.Tensor, offset: int = 0) -> None:
+        flat = gradient.reshape(-1)
+        keys = _name_keys(self.seed, name)
+        start = 0
+        while start < flat.numel():
+            # A chunk never crosses a multiple of 2³¹, where the hash takes up the index's high bits.
+            stop = min(start + _CHUNK, flat.numel(), ((offset + start >> 31) + 1 << 31) - offset)
+            piece = flat[start:stop].to(torch.float32)
+            bucket, negative = _hash(offset + start, piece.numel(), keys, self.dim, flat.device)
+            out.index_add_(0, bucket, torch.where(negative, -piece, piece))
+            start = stop
+
+
+class StrideSketch:
+    """Every `stride`-th entry of the concatenated gradient (stride 1: all of it), in the order of parameter names."""
+
+    def __init__(self, parameters: Iterable[tuple[str, int]], stride: int) -> None:
+        self.stride = stride
+        self._start: dict[str, int] = {}
+        total = 0
+        for name, size in sorted(parameters):
+            self._start[name] = total
+            total += size
+        self.dim = -(-total // stride)
+
+    def add(self, out: torch.Tensor, name: str, gradient: torch.Tensor, offset: int = 0) -> None:
+        first = self._start[name] + offset
+        skip = -first % self.stride
+        picked = gradient.reshape(-1)[skip :: self.stride].to(torch.float32)
+        row = (first + skip) // self.stride
+        out[row : row + picked.numel()] += picked
+
+
+def _name_keys(seed: int, name: str) -> tuple[int, int]:
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:8], "little", signed=True)
+
+
+def _hash(
+    first: int, count: int, keys: tuple[int, int], dim: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Buckets in [0, dim) and signs of flat indices `first …`, from a 32-bit mix with multiplications that wrap.
+
+    The finaliser is Wellons' "lowbias32"; the high half of the index enters through the key.
+    """
+    high = _mix_int(keys[1] ^ (first >> 31))
+    x = torch.arange(first & 0x7FFFFFFF, (first & 0x7FFFFFFF) + count, dtype=torch.int64, device=device).to(
+        torch.int32
+    )
+    x = x ^ keys[0]
+    x = _mix(x)
+    x = _mix(x ^ high)
+    negative = x < 0
+    bucket = (x & 0x7FFFFFFF).to(torch.int64)
+    # Multiply-shift maps 31 random bits evenly onto [0, dim) for any dim, without a division.
+    return (bucket * dim) >> 31, negative
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _mix_int(value: int) -> int:
+    return int(
+        _mix(torch.tensor([((value + 0x80000000) % 0x100000000) - 0x80000000], dtype=torch.int64).to(torch.int32))[0]
+    )

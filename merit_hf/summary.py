@@ -1,0 +1,119 @@
+"""What the commands say at their end: the plan, the merge, the run, each on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from merit_hf.evaluate import EVALUATION_NAME, evaluation_table
+from merit_hf.manifest import MANIFEST_NAME, read_manifest
+from merit_hf.merge import MergeStats
+from merit_hf.pipeline import RunResult
+from merit_hf.plan import PartitionPlan
+
+
+def plan_summary(plan: PartitionPlan) -> list[Any]:
+    """Groups with their tokens, and what can be said of the axes."""
+    table = Table(
+        title=f"Plan {plan.sha256[:12]}: {len(plan.datasets)} datasets, {plan.num_groups} groups", title_justify="left"
+    )
+    for column, justify in (
+        ("group", "right"),
+        ("datasets", "left"),
+        ("examples", "right"),
+        ("tokens", "right"),
+        ("weight", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for group in plan.groups:
+        names = escape(", ".join(group.datasets))
+        table.add_row(
+            str(group.group), names, f"{group.num_examples:,}", f"{group.train_input_tokens:,}", f"{group.weight:.3f}"
+        )
+    lines: list[Any] = [table]
+    lines += [f"Left out: {name} ({reason})." for name, reason in sorted(plan.skipped.items())]
+    truncated = sum(dataset.num_truncated for dataset in plan.datasets)
+    dropped = sum(dataset.num_dropped for dataset in plan.datasets)
+    if truncated or dropped:
+        lines.append(f"{truncated} examples were cut to max_length, {dropped} dropped because no loss token was left.")
+    if plan.conflict_matrix is not None and len(plan.datasets) > 1:
+        lines.append(cosine_sentence(plan))
+        lines.append(verdict_sentence(plan))
+    return lines
+
+
+def cosine_sentence(plan: PartitionPlan) -> str:
+    """The range of the cosines, and the mean inside groups against all pairs."""
+    matrix = plan.conflict_matrix
+    assert matrix is not None
+    upper = np.triu_indices(len(matrix), 1)
+    groups = np.array([dataset.group for dataset in plan.datasets])
+    inside = (groups[:, None] == groups[None, :])[upper]
+    cosines = matrix[upper]
+    within = f"{cosines[inside].mean():.2f}" if inside.any() else "none"
+    return (
+        f"Cosines between datasets: lowest {cosines.min():.2f}, median {np.median(cosines):.2f}, highest {cosines.max():.2f}; "
+        f"mean inside groups {within}, over all pairs {cosines.mean():.2f}."
+    )
+
+
+def verdict_sentence(plan: PartitionPlan) -> str:
+    """In words: is there structure, and do the axes stand."""
+    bounds = plan.bounds
+    p_value, angles = bounds.get("structure_p_value"), bounds.get("sin_angle")
+    if bounds.get("verdict") == "noise":
+        first = f"The cosines show no more structure than their own shuffles do (p = {p_value:.2f}): this split may be noise."
+    elif bounds.get("verdict") == "structure":
+        first = f"The cosines have structure that shuffles of them do not reach (p = {p_value:.3f})."
+    else:
+        first = "Fewer than four datasets: too few to tell structure from noise."
+    if angles is None:
+        return first + " A stride read-out has no bound on its axes."
+    return first + f" The read-out's error turns axis 1 by at most sin(angle) = {angles[0]:.2f}."
+
+
+def merge_summary(stats: MergeStats) -> str:
+    """One line on how far the merged model moved."""
+    moved = ", ".join(f"{value:.3f}" for value in stats.group_displacements)
+    share = stats.cast_loss / stats.displacement if stats.displacement else 0.0
+    return (
+        f"Merged {stats.num_tensors} tensors ({stats.num_parameters:,} parameters) in {stats.seconds:.1f} s. Distance from the base: "
+        f"{stats.displacement:.3f} (groups: {moved}); the final cast to {stats.out_dtype} loses {stats.cast_loss:.4f} of it ({share:.1%})."
+    )
+
+
+def run_summary(result: RunResult, output: Path) -> list[Any]:
+    """The evaluation table, where everything lies, and the next command."""
+    lines: list[Any] = []
+    if result.evaluation is not None:
+        lines.append(evaluation_table(result.evaluation))
+        lines.append(f"Evaluation: {output / EVALUATION_NAME}")
+    lines.append(f"Plan:       {output / 'plan'}")
+    lines.append(f"Groups:     {output / 'groups'}/0 … {result.plan.num_groups - 1}")
+    if result.joint is not None:
+        lines.append(f"Joint:      {result.joint}")
+    lines.append(f"Merged:     {result.merged}  (card: {result.merged / 'README.md'})")
+    lines += [f"Pushed:     {what} → {url}" for what, url in result.pushed.items()]
+    names = " ".join(str(group) for group in result.groups)
+    lines.append(f"Next: merit verify {output / 'plan'} {names}")
+    return lines
+
+
+def label_models(models: Mapping[str, Path]) -> dict[str, Path]:
+    """Column headings: what a model's merit.json says it is, else its folder's name; numbered where they repeat."""
+    labels: dict[str, Path] = {}
+    for text, folder in models.items():
+        label = Path(text).name
+        if (folder / MANIFEST_NAME).exists():
+            manifest = read_manifest(folder)
+            label = f"group-{manifest['group']}" if manifest["kind"] == "group" else "merged"
+        unique, number = label, 2
+        while unique in labels:
+            unique, number = f"{label}-{number}", number + 1
+        labels[unique] = folder
+    return labels

@@ -1,0 +1,266 @@
+"""Train one group of a plan: TRL's SFTTrainer with MeritCallback, from the pinned base.
+
+    accelerate launch -m merit_hf.training PLAN --group 0 --output runs/mixture/groups/0
+
+Checkpoints lie in `OUTPUT.part`; the same command goes on from the last complete one. `OUTPUT` appears when it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig
+
+from merit_hf.callback import MeritCallback
+from merit_hf.config import ConfigError, MeritError, check_sft, parse_value
+from merit_hf.entry import exit_on_error
+from merit_hf.hub import resolve_model
+from merit_hf.manifest import MANIFEST_NAME, TRAINER_STATE, hash_files, read_manifest
+from merit_hf.mixture import check_against_plan, plan_specs, prepare_dataset, read_mixture
+from merit_hf.plan import PartitionPlan
+from merit_hf.progress import Progress, Stage
+from merit_hf.sft import (
+    BATCH_FIELDS,
+    IDENTITY_FIELDS,
+    build_args,
+    group_steps,
+    load_model,
+    load_tokenizer,
+    open_trainer,
+)
+
+_RUN_NAME = "run.json"
+
+
+def train_group(
+    plan: PartitionPlan,
+    group: int,
+    output: str | Path,
+    placement: Mapping[str, Any] | None = None,
+    num_processes: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Train a group and leave its checkpoint in `output`: weights, tokenizer, merit.json and card.
+
+    Args:
+        plan ([`PartitionPlan`]): the plan.
+        group (`int`): which group.
+        output (`str` or `Path`): the folder to make. A finished checkpoint of the same group is left as it is.
+        placement (`dict`, *optional*): SFT fields that do not change the result, over the plan's own: batch per device,
+            accumulation, saving, logging. Their batch product must be the planned one.
+        num_processes (`int`, *optional*): how many processes were asked for; another number is refused.
+        progress ([`Progress`], *optional*): where to show it.
+
+    Raises:
+        ConfigError: no such group, a field that is part of the plan's identity, or a batch that cannot be divided.
+        MeritError: base, data or settings are not the planned ones; `output` holds something else.
+    """
+    output = Path(output)
+    planned = plan.group(group)
+    state = PartialState(cpu=None)
+    progress = progress or Progress(quiet=not state.is_main_process)
+    if num_processes is not None and state.num_processes != num_processes:
+        raise MeritError(
+            f"{num_processes} processes were asked for, {state.num_processes} are running. On CPU, accelerate needs a "
+            "config with `distributed_type: MULTI_GPU` and `use_cpu: true`; see recipes/accelerate_configs/cpu_2.yaml."
+        )
+    if output.exists():
+        return _finished(plan, group, output)
+    part = output.with_name(output.name + ".part")
+    args = _group_args(plan, group, part, placement or {}, state.num_processes)
+    if state.is_main_process:
+        _discard_stale(part, planned.group_sha256)
+    state.wait_for_everyone()
+    base = base_folder(plan)
+    tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
+    model = load_model(base, args)
+    rows = _group_rows(plan, group, model, tokenizer, args, progress)
+    callback = MeritCallback(plan, group)
+    checkpoint = last_checkpoint(part)
+    if checkpoint is not None:
+        progress.note(f"group {group}: going on from {checkpoint.name}")
+    with progress.stage(f"Group {group}", total=planned.num_steps, unit="steps") as stage:
+        callbacks = [callback, _Report(stage, planned.num_steps)]
+        with open_trainer(model, tokenizer, args, rows, callbacks=callbacks) as trainer:
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.save_model(str(part / "final"))
+            if state.is_main_process:
+                trainer.state.save_to_json(str(part / "final" / "trainer_state.json"))
+    if state.is_main_process:
+        _publish(part, output)
+    state.wait_for_everyone()
+    return output
+
+
+def base_folder(plan: PartitionPlan) -> Path:
+    """The plan's base on this machine: where it was planned from, or the pinned commit from the Hub."""
+    local = plan.local.get("base")
+    if local and Path(local).is_dir():
+        return Path(local)
+    if plan.base["repo_id"] is None:
+        raise ConfigError(
+            f"the plan's base was a local folder ({plan.base['weights_sha256'][:12]}) and is not on this machine. Plan from "
+            "its own CONFIG here."
+        )
+    return resolve_model(plan.base["repo_id"], plan.base["revision"], Path(), "base")[0]
+
+
+def last_checkpoint(part: Path) -> Path | None:
+    """The newest complete checkpoint of a Trainer in `part`; a half-written one is passed over.
+
+    The Trainer writes trainer_state.json after everything else that a resume reads.
+    """
+    found = []
+    for folder in part.glob("checkpoint-*"):
+        try:
+            step = int(json.loads((folder / "trainer_state.json").read_text())["global_step"])
+        except (OSError, ValueError, KeyError):
+            continue
+        found.append((step, folder))
+    return max(found)[1] if found else None
+
+
+def _finished(plan: PartitionPlan, group: int, output: Path) -> Path:
+    planned = plan.group(group)
+    manifest = read_manifest(output) if (output / MANIFEST_NAME).exists() else {}
+    if manifest.get("group_sha256") == planned.group_sha256 and manifest.get("status") == "complete":
+        return output
+    raise ConfigError(
+        f"{output} exists and is not group {group} of this plan (group_sha256 {str(manifest.get('group_sha256'))[:12]}, planned "
+        f"{planned.group_sha256[:12]}). Give another --output, or delete it."
+    )
+
+
+def _group_args(
+    plan: PartitionPlan, group: int, part: Path, placement: Mapping[str, Any], num_processes: int
+) -> SFTConfig:
+    fixed = sorted(set(placement) & set(IDENTITY_FIELDS))
+    if fixed:
+        raise ConfigError(
+            f"sft.{fixed[0]} is part of the plan's identity, so a group cannot be trained with another value. Plan again with "
+            f"sft.{fixed[0]}={placement[fixed[0]]!r}."
+        )
+    sft = {"save_total_limit": 2, "disable_tqdm": True, **plan.config["sft"], **placement}
+    effective = plan.sft["effective_batch_size"]
+    # A smaller device batch, or more processes, are made up for by accumulation, and the other way round.
+    per_device = sft.get("per_device_train_batch_size", SFTConfig.per_device_train_batch_size)
+    if "gradient_accumulation_steps" not in placement:
+        sft["gradient_accumulation_steps"] = max(1, effective // (per_device * num_processes))
+    accumulation = sft["gradient_accumulation_steps"]
+    if per_device * accumulation * num_processes != effective:
+        raise ConfigError(
+            f"the plan trains {effective} examples a step; sft.per_device_train_batch_size={per_device} × {accumulation} "
+            f"accumulation × {num_processes} processes is {per_device * accumulation * num_processes}. Choose "
+            f"{' and '.join('sft.' + name for name in BATCH_FIELDS)} so that the product is {effective}."
+        )
+    args = build_args(sft, part)
+    if args.max_steps > 0:
+        args.max_steps = plan.group(group).num_steps
+    return args
+
+
+def _group_rows(
+    plan: PartitionPlan,
+    group: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    progress: Progress,
+) -> datasets.Dataset:
+    """The group's tokenised rows, dataset after dataset in the order of names, each held against the plan."""
+    specs, root = plan_specs(plan, plan.group(group).datasets)
+    loaded, _ = read_mixture(specs, root, args, progress)
+    rows = []
+    for dataset, planned in zip(loaded, plan.members(group), strict=True):
+        prepared = prepare_dataset(dataset, model, tokenizer, args)
+        check_against_plan(prepared, planned)
+        rows.append(prepared.train)
+    return datasets.concatenate_datasets(rows)
+
+
+def _discard_stale(part: Path, group_sha256: str) -> None:
+    """Checkpoints of another plan or group are not resumed."""
+    run = part / _RUN_NAME
+    kept = json.loads(run.read_text()).get("group_sha256") if run.exists() else None
+    if kept != group_sha256:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        run.write_text(json.dumps({"group_sha256": group_sha256}))
+
+
+def _publish(part: Path, output: Path) -> None:
+    """Drop what only a Trainer reads, and let the checkpoint appear under its name in one step."""
+    final = part / "final"
+    for name in TRAINER_STATE:
+        if name != "trainer_state.json":
+            (final / name).unlink(missing_ok=True)
+    if read_manifest(final)["files"] != hash_files(final):
+        raise MeritError(f"{final}: a file changed while it was being written. Run the command again.")
+    os.rename(final, output)
+    shutil.rmtree(part)
+
+
+class _Report(TrainerCallback):
+    """Shows steps and loss."""
+
+    def __init__(self, stage: Stage, num_steps: int) -> None:
+        self._stage = stage
+        self._num_steps = num_steps
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stage.update(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stage.update(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._stage.item(f"step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command behind `merit train` and recipes/train_group.py."""
+    parser = argparse.ArgumentParser(
+        description="Train one group of a plan. Run the same command again to resume.",
+        epilog="Example: accelerate launch -m merit_hf.training runs/mixture/plan --group 0 --output runs/mixture/groups/0",
+    )
+    parser.add_argument("plan", metavar="PLAN", help="folder of the plan, or Hub id org/name[@revision]")
+    parser.add_argument(
+        "placement", nargs="*", metavar="sft.KEY=VALUE", help="SFT fields that do not change the result"
+    )
+    parser.add_argument("--group", type=int, required=True, help="which group to train")
+    parser.add_argument("--output", required=True, help="folder for the checkpoint")
+    parser.add_argument("--num-processes", type=int, help="refuse to run with another number of processes")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_intermixed_args(argv)
+    with exit_on_error(options.debug):
+        plan = PartitionPlan.from_pretrained(options.plan)
+        placement = parse_placement(options.placement)
+        train_group(plan, options.group, options.output, placement, options.num_processes)
+
+
+def parse_placement(texts: Sequence[str]) -> dict[str, Any]:
+    """`sft.key=value` arguments as SFT fields."""
+    placement = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.startswith("sft."):
+            raise ConfigError(f"`{text}`: expected sft.KEY=VALUE, such as sft.per_device_train_batch_size=2.")
+        placement[key.removeprefix("sft.")] = parse_value(value)
+    check_sft(placement, "command line")
+    return placement
+
+
+if __name__ == "__main__":
+    main()
