@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from merit_hf.config import MeritConfig as MeritConfig
     from merit_hf.config import MeritError as MeritError
     from merit_hf.evaluate import evaluate_models as evaluate_models
-    from merit_hf.manifest import verify_checkpoint as verify_checkpoint
     from merit_hf.group_merge import merge_groups as merge_groups
+    from merit_hf.manifest import verify_checkpoint as verify_checkpoint
     from merit_hf.plan import PartitionPlan as PartitionPlan
     from merit_hf.planner import MeritPlanner as MeritPlanner
     from merit_hf.training import train_group as train_group

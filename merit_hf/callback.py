@@ -152,9 +152,10 @@ class MeritCallback(TrainerCallback, ExportableState):
             if planned[field] != found.get(field):
                 cure = f"Set {field}={planned[field]!r}"
                 if field == "effective_batch_size":
-                    cure = "Let per_device_train_batch_size × gradient_accumulation_steps × processes be the planned product"
+                    cure = "Make per_device_train_batch_size × gradient_accumulation_steps × processes that product"
                 raise MeritError(
-                    f"group {self.group}: {field} is {found.get(field)!r}, planned {planned[field]!r}. {cure}, or plan again."
+                    f"group {self.group}: {field} is {found.get(field)!r}, planned {planned[field]!r}. {cure}, or "
+                    "plan again."
                 )
 
     def _check_base(self, model: PreTrainedModel, processing_class: Any) -> None:
@@ -184,7 +185,8 @@ class MeritCallback(TrainerCallback, ExportableState):
         planned, rows = self.plan.group(self.group), trainer.train_dataset
         if not isinstance(rows, datasets.Dataset) or "input_ids" not in rows.column_names:
             raise MeritError(
-                f"group {self.group}: the training data is not a tokenised `datasets.Dataset`, so it cannot be held against "
+                f"group {self.group}: the training data is not a tokenised `datasets.Dataset`, so it cannot be held "
+                "against "
                 "the plan. Do not stream it, and let the trainer tokenise it."
             )
         columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
@@ -199,7 +201,8 @@ class MeritCallback(TrainerCallback, ExportableState):
         ):
             raise MeritError(
                 f"group {self.group}: the training data are not the planned ones: {len(rows)} rows with "
-                f"{counts.num_input_tokens} tokens (digest {format_digest(counts.digest)[:12]}), planned {planned.num_examples} "
+                f"{counts.num_input_tokens} tokens (digest {format_digest(counts.digest)[:12]}), planned "
+                f"{planned.num_examples} "
                 f"examples with {planned.num_input_tokens} tokens ({expected[:12]}) of {', '.join(planned.datasets)}."
             )
 
@@ -209,7 +212,8 @@ class MeritCallback(TrainerCallback, ExportableState):
         kept = (state.stateful_callbacks or {}).get(type(self).__name__, {}).get("attributes", {})
         if kept.get("group_sha256") != self.plan.group(self.group).group_sha256:
             raise MeritError(
-                f"group {self.group}: the checkpoint to resume from (step {state.global_step}) was not trained under this plan "
+                f"group {self.group}: the checkpoint to resume from (step {state.global_step}) was not trained under "
+                "this plan "
                 "and group, so its tokens are unknown. Start again without it."
             )
         # Each process adds its own count to the total; the restored one must enter once.

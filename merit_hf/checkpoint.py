@@ -76,8 +76,8 @@ def read_tensor_index(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint, sorted by name; reads headers only, of one file or of all shards.
 
     Raises:
-        MeritError: no safetensors weights (pickles or an adapter only), a shard is missing or truncated, a tensor is in
-            two shards, or shards and index disagree.
+        MeritError: no safetensors weights (pickles or an adapter only), a shard is missing or truncated, a tensor is
+            in two shards, or shards and index disagree.
     """
     folder = Path(folder)
     mapped = _index_of_shards(folder)
@@ -91,12 +91,12 @@ def read_tensor_index(folder: Path) -> dict[str, TensorInfo]:
                     "Save the model again."
                 )
             tensors[name] = info
-    if mapped is not None and {name: info.file for name, info in tensors.items()} != mapped:
-        name = min(name for name in mapped.keys() | tensors if name not in tensors or mapped.get(name) != tensors[name].file)
-        found = f"lies in {tensors[name].file}" if name in tensors else "is in no shard"
+    found = {name: info.file for name, info in tensors.items()}
+    wrong = sorted(dict(found.items() ^ mapped.items())) if mapped is not None else []
+    if mapped is not None and wrong:
         raise MeritError(
-            f"{folder}: {INDEX_NAME} puts tensor `{name}` in {mapped.get(name, 'no shard')}, but it {found}. "
-            "Download or save the model again."
+            f"{folder}: {INDEX_NAME} puts tensor `{wrong[0]}` in {mapped.get(wrong[0], 'no shard')}, and it is in "
+            f"{found.get(wrong[0], 'no shard')}. Download or save the model again."
         )
     return dict(sorted(tensors.items()))
 
@@ -160,7 +160,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def atomic_folder(output: Path) -> Iterator[Path]:
-    """Yields `output.part`, which becomes `output`, flushed to disk, when the block ends well; otherwise it is removed.
+    """Yields `output.part`; it becomes `output`, flushed to disk, where the block ends well, else it is removed.
 
     A `.part` left by a killed run is removed first, so that a finished folder is a complete one.
 
@@ -251,14 +251,15 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self._close()
         if kind is not None:
             return
         if self._written != len(self.names):
             raise ValueError(f"{len(self.names) - self._written} tensors were not written.")
         if len(self._shards) > 1:
-            index = {"metadata": self._split.metadata, "weight_map": dict(sorted(self._split.tensor_to_filename.items()))}
+            placed = dict(sorted(self._split.tensor_to_filename.items()))
+            index = {"metadata": self._split.metadata, "weight_map": placed}
             (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -314,12 +315,10 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            tensors = {
-                name: TensorInfo(
-                    entry["dtype"], tuple(entry["shape"]), path.name, *(8 + length + at for at in entry["data_offsets"])
-                )
-                for name, entry in header.items()
-            }
+            tensors = {}
+            for name, entry in header.items():
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), path.name, start, end)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise MeritError(broken) from None
     for info in tensors.values():

@@ -53,7 +53,8 @@ def plan(config: ConfigArgument, output: Output, overrides: Overrides = None, de
         made = MeritPlanner(checked).plan(output)
         _print(*plan_summary(made))
         _print(
-            f"Plan {made.sha256[:12]} is in {output}. Next: merit train {output} --group all --output {output.parent}/groups"
+            f"Plan {made.sha256[:12]} is in {output}. Next: merit train {output} --group all --output "
+            f"{output.parent}/groups"
         )
 
 

@@ -149,8 +149,8 @@ class MeritConfig(_Section):
         """Read CONFIG, apply `key=value` overrides (`datasets.NAME.key=value` for a dataset) and check all of it.
 
         Raises:
-            ConfigError: the file cannot be read as a mapping, a key is unknown, a value has the wrong type or is out of
-                range, dataset names repeat, or there are more groups than datasets.
+            ConfigError: the file cannot be read as a mapping, a key is unknown, a value has the wrong type or is
+                out of range, dataset names repeat, or there are more groups than datasets.
         """
         path = Path(path)
         content = _read_mapping(path)
@@ -279,9 +279,8 @@ def _explain(error: ValidationError, content: dict[str, Any], source: str) -> st
     """The first of pydantic's errors as one line."""
     first = error.errors()[0]
     location, value = first["loc"], first["input"]
-    names = [item.get("name") if isinstance(item, dict) else None for item in content.get("datasets") or []] if isinstance(
-        content.get("datasets"), list
-    ) else []  # fmt: skip
+    entries = content.get("datasets")
+    names = [entry.get("name") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     shown = [
         f"{names[part]}" if i == 1 and isinstance(part, int) and part < len(names) and names[part] else str(part)
         for i, part in enumerate(location)

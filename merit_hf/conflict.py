@@ -14,8 +14,8 @@ def conflict_matrix(sketches: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """C_ij = cos(s_i, s_j): float64 [T, T], symmetric, with a unit diagonal; high = same direction.
 
     Args:
-        sketches: float [T, dim], one gradient read-out a row, or a list of rows. May be memory-mapped: columns are read
-            in blocks.
+        sketches: float [T, dim], one gradient read-out a row, or a list of rows. May be memory-mapped: columns are
+            read in blocks.
 
     Raises:
         ValueError: a row is zero or not finite; its index is named.

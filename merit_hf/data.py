@@ -165,12 +165,6 @@ def format_digest(digest: int) -> str:
     return f"{digest % _DIGEST_MODULUS:064x}"
 
 
-def resolve_spec(entry: dict[str, Any]) -> DatasetSection:
-    """A dataset entry of a plan's resolved config, as a [`DatasetSection`]."""
-    known = {field for field in DatasetSection.model_fields}
-    return DatasetSection(**{key: value for key, value in entry.items() if key in known})
-
-
 def _read(spec: DatasetSection, path: str, split: str, root: Path, revision: str | None) -> datasets.Dataset:
     where = f"datasets.{spec.name}.path={path!r}"
     if not is_local(path, root):
@@ -215,7 +209,8 @@ def _columns(rows: datasets.Dataset, spec: DatasetSection, text_field: str) -> d
     if ("prompt" in mapping) != ("completion" in mapping):
         missing = "completion" if "prompt" in mapping else "prompt"
         raise ConfigError(
-            f"datasets.{spec.name}: `prompt` and `completion` go together, but `{missing}` is not given. Found: {', '.join(found)}."
+            f"datasets.{spec.name}: `prompt` and `completion` go together, but `{missing}` is not given. Found: "
+            f"{', '.join(found)}."
         )
     if "text" in mapping:
         mapping[text_field] = mapping.pop("text")

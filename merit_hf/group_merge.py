@@ -1,6 +1,8 @@
 """A plan's group checkpoints → the merged model: verified, weighted by the plan's tokens, with merit.json and card.
 
-    merge_groups(plan, ["runs/groups/0", "runs/groups/1"], "runs/merged")
+    stats = merge_groups(plan, ["runs/groups/0", "runs/groups/1"], "runs/merged")
+
+`merge` averages any checkpoints; this room knows which ones belong together.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ def _chosen_groups(
     plan: PartitionPlan, checkpoints: Sequence[str | Path], exclude: Sequence[int], allow_missing: bool
 ) -> dict[int, Path]:
     """Folder by group, as the manifests say, less the excluded groups."""
-    for number in exclude:
-        plan.group(number)
+    for excluded in exclude:
+        plan.group(excluded)
     given: dict[int, Path] = {}
     for checkpoint in checkpoints:
         folder = _locate(checkpoint, "checkpoint")
@@ -111,7 +113,7 @@ def _weights_of(plan: PartitionPlan, numbers: Sequence[int], weights: str | Path
     table = _read_weights(Path(weights))
     unknown = sorted(set(table) - {str(number) for number in range(plan.num_groups)})
     if unknown:
-        raise ConfigError(f"{weights}: weight for group {unknown[0]}, and the plan has groups 0 to {plan.num_groups - 1}.")
+        raise ConfigError(f"{weights}: weight for group {unknown[0]}; the plan has groups 0 to {plan.num_groups - 1}.")
     absent = [number for number in numbers if str(number) not in table]
     if absent:
         raise ConfigError(f"{weights}: no weight for group {absent[0]}. Add it, or exclude the group.")
@@ -120,7 +122,9 @@ def _weights_of(plan: PartitionPlan, numbers: Sequence[int], weights: str | Path
 
 def _read_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"weights `{path}`: neither tokens, loss_tokens, uniform nor a file that maps group to weight.")
+        raise ConfigError(
+            f"weights {path}: expected tokens, loss_tokens, uniform, or a file that maps group to weight."
+        )
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -142,8 +146,8 @@ def _verify(plan: PartitionPlan, folder: Path) -> None:
     check = failed(verify_checkpoint(plan, folder))
     if check is not None:
         raise MeritError(
-            f"{folder}: does not verify: {check.name} is {check.found}, expected {check.expected}. Train the group again "
-            "from this plan, or leave it out with --exclude."
+            f"{folder}: does not verify: {check.name} is {check.found}, expected {check.expected}. Train the group "
+            "again from this plan, or leave it out with --exclude."
         )
 
 
@@ -155,7 +159,7 @@ def _base_folder(plan: PartitionPlan, base: str | Path | None) -> Path:
         return Path(local)
     if plan.base["repo_id"]:
         return fetch_model(plan.base["repo_id"], plan.base["revision"])
-    raise ConfigError("the plan's base is a folder on the machine that planned, and not on this one. Name its copy: base=…")
+    raise ConfigError("the plan's base was a local folder and is not on this machine. Say where it is: base=…")
 
 
 def _verify_base(plan: PartitionPlan, folder: Path) -> None:
@@ -175,7 +179,12 @@ def _locate(path: str | Path, where: str) -> Path:
 
 
 def _merged_manifest(
-    plan: PartitionPlan, folders: Mapping[int, Path], values: Sequence[float], engine: str, stats: MergeStats, part: Path
+    plan: PartitionPlan,
+    folders: Mapping[int, Path],
+    values: Sequence[float],
+    engine: Engine,
+    stats: MergeStats,
+    part: Path,
 ) -> dict[str, Any]:
     groups = []
     for (number, folder), value in zip(folders.items(), values, strict=True):

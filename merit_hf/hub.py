@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from merit_hf.config import ConfigError, MeritError
@@ -89,20 +91,36 @@ def resolve_model(path: str, revision: str | None, root: Path, where: str) -> tu
 def push_folder(
     folder: Path, repo_id: str, repo_type: str, private: bool, message: str, ignore: tuple[str, ...] = ()
 ) -> str:
-    """Upload a finished folder as one commit and return the commit's URL. Can be run again: unchanged files are no-ops."""
+    """Upload a finished folder as one commit and return the commit's URL. Run again, unchanged files are no-ops."""
     api = HfApi()
     try:
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            folder_path=folder,
-            repo_id=repo_id,
-            repo_type=repo_type,
-            commit_message=message,
-            ignore_patterns=list(ignore),
+        commit = _again_if_busy(
+            lambda: api.upload_folder(
+                folder_path=folder,
+                repo_id=repo_id,
+                repo_type=repo_type,
+                commit_message=message,
+                ignore_patterns=list(ignore),
+            )
         )
     except (HfHubHTTPError, OSError) as error:
         raise MeritError(f"pushing {folder.name} to `{repo_id}` failed: {error}. Run the command again.") from error
     return str(commit.commit_url)
+
+
+def _again_if_busy(upload: Callable[[], CommitInfo], attempts: int = 4) -> CommitInfo:
+    """The client repeats its other requests, but never the commit; on a branch, repeating one is a no-op."""
+    for attempt in range(1, attempts):
+        try:
+            return upload()
+        except HfHubHTTPError as error:
+            response = error.response
+            if response is None or response.status_code not in (429, 500, 502, 503, 504):
+                raise
+            asked = response.headers.get("Retry-After", "")
+            time.sleep(min(float(asked) if asked.isdigit() else 2.0**attempt, 60.0))
+    return upload()
 
 
 def current_user() -> str:

@@ -68,11 +68,12 @@ def group_manifest(
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Raises ConfigError where `folder` is no checkpoint of merit's, MeritError where its merit.json cannot be read."""
+    """Raises ConfigError where `folder` is no checkpoint of merit's, MeritError where merit.json cannot be read."""
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         raise ConfigError(
-            f"{folder}: no {MANIFEST_NAME} in it, so nothing says what it was trained on. Give a folder that `merit train` wrote."
+            f"{folder}: no {MANIFEST_NAME} in it, so nothing says what it was trained on. Give a folder that `merit "
+            "train` wrote."
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

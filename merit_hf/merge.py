@@ -186,12 +186,13 @@ def _fractions(folders: Sequence[Path], weights: Sequence[float]) -> list[float]
         raise ConfigError(f"{len(weights)} weights for {len(folders)} checkpoints: give one weight each.")
     for folder, weight in zip(folders, weights, strict=True):
         if not (math.isfinite(weight) and weight > 0):
-            raise ConfigError(f"{folder}: weight {weight} is not positive and finite. Leave the checkpoint out instead.")
+            raise ConfigError(f"{folder}: weight {weight}: expected a positive, finite number. Or leave it out.")
         if folders.count(folder) > 1:
             raise ConfigError(f"{folder}: listed twice. List it once, with the sum of its weights.")
-    largest = max(weights)
-    shares = [weight / largest for weight in weights]
-    return [share / math.fsum(shares) for share in shares]
+    total = sum(weights)
+    if not math.isfinite(total):
+        raise ConfigError(f"the weights {list(weights)} have no finite sum. Divide them all by the largest.")
+    return [weight / total for weight in weights]
 
 
 def _check_choice(what: str, found: str | None, valid: Sequence[str | None]) -> None:

@@ -104,7 +104,8 @@ def plan_specs(plan: PartitionPlan, names: Sequence[str]) -> tuple[list[DatasetS
             entry["revision"] = pinned.revision
         if entry.get("path") is None:
             raise ConfigError(
-                f"dataset `{name}` was a local file where the plan was made (fingerprint {pinned.fingerprint[:12]}); it is not "
+                f"dataset `{name}` was a local file where the plan was made (fingerprint {pinned.fingerprint[:12]}); "
+                "it is not "
                 "on this machine. Plan from its own CONFIG here, or ask the plan's author for the file."
             )
         specs.append(DatasetSection(**entry))
@@ -129,3 +130,32 @@ def check_against_plan(prepared: PreparedDataset, planned: PlannedDataset) -> No
                 f"dataset `{planned.name}`: {what} differ from the plan: planned {expected}, found {found}. "
                 "Restore the data or the tokenizer that was planned with, or plan again."
             )
+
+
+def prepare_mixture(
+    loaded: Sequence[LoadedDataset],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    progress: Progress,
+) -> tuple[list[PreparedDataset], dict[str, str]]:
+    """Tokenise every dataset; returns those with a loss token, and {name: reason} of those left out."""
+    prepared, dropped = [], {}
+    with progress.stage("Tokenising", total=len(loaded)) as stage:
+        for number, dataset in enumerate(loaded, 1):
+            stage.item(f"{dataset.name} ({number} of {len(loaded)})")
+            ready = prepare_dataset(dataset, model, tokenizer, args)
+            stage.advance()
+            if ready.counts.num_loss_tokens:
+                prepared.append(ready)
+            else:
+                dropped[dataset.name] = f"none of its {len(dataset.train)} examples has a loss token"
+    for name, reason in dropped.items():
+        progress.note(f"left out `{name}`: {reason}")
+    for dataset in prepared:
+        if dataset.num_dropped or dataset.num_truncated:
+            progress.note(
+                f"{dataset.name}: {dataset.num_truncated} examples cut to sft.max_length={args.max_length}, "
+                f"{dataset.num_dropped} dropped for want of a loss token"
+            )
+    return prepared, dropped

@@ -1,4 +1,4 @@
-"""From the conflict matrix to balanced groups, and the baseline splits. Pure arrays, datasets in the order of names."""
+"""From the conflict matrix to balanced groups, and the baseline splits. Pure arrays, datasets sorted by name."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def split_by_conflict(
     is therefore within half of the heaviest dataset at the boundary of an even one, wherever that leaves room.
 
     Args:
-        matrix: C, [T, T]; sizes: what is balanced, [T]; num_groups: K ≤ T; axes: `global`, or `local` to take the first
-            axis of each part's own submatrix.
+        matrix: C, [T, T]; sizes: what is balanced, [T]; num_groups: K ≤ T; axes: `global`, or `local` to take the
+            first axis of each part's own submatrix.
 
     Returns:
         The group of every dataset, int [T], in 0 … K−1.
@@ -115,7 +115,7 @@ def split_by_tag(tags: Sequence[str]) -> np.ndarray:
 
 
 def split_by_kmeans(matrix: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
-    """k-means on the unit-normalised gradients (scikit-learn), as c-BTM does on embeddings; the groups are not balanced.
+    """k-means on the unit-normalised gradients (scikit-learn), as c-BTM does on embeddings; not balanced.
 
     `matrix`, the cosines, is the Gram matrix of the unit gradients: all that k-means sees of them. Groups are numbered
     by their first dataset.

@@ -8,11 +8,11 @@ from typing import Any
 
 from merit_hf.cards import merged_model_card
 from merit_hf.config import MeritConfig
-from merit_hf.evaluate import EVALUATION_NAME, evaluate_models, save_evaluation
+from merit_hf.evaluate import evaluate_models, save_evaluation
+from merit_hf.group_merge import merge_groups
 from merit_hf.hub import current_user, push_folder
 from merit_hf.launch import train_groups
 from merit_hf.manifest import read_manifest
-from merit_hf.group_merge import merge_groups
 from merit_hf.merge import MERGEKIT_CONFIG_NAME
 from merit_hf.plan import LOCAL_NAME, PartitionPlan
 from merit_hf.planner import MeritPlanner

@@ -28,7 +28,7 @@ from merit_hf.readouts import SKETCHES_NAME, open_sketches
 SCHEMA_VERSION = 1
 PLAN_NAME = "plan.json"
 LOCAL_NAME = "local.json"
-# Beyond this many datasets conflict.parquet holds each one's extreme pairs; the whole matrix follows from the sketches.
+# Beyond this many datasets conflict.parquet holds extreme pairs only; the whole matrix follows from the sketches.
 MAX_ALL_PAIRS = 1000
 EXTREME_PAIRS = 50
 
@@ -162,7 +162,7 @@ class PartitionPlan:
         return {**self.sft, "max_steps": self.group(number).num_steps}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write plan.json, the tables, local.json, figures and the card. Sketches are the planner's to put beside them."""
+        """Write plan.json, tables, local.json, figures and card. The planner puts the sketches beside them."""
         from merit_hf.cards import plan_dataset_card
         from merit_hf.figures import save_plan_figures
 
@@ -181,13 +181,14 @@ class PartitionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of plan.json."""
+        section = self.config["plan"]
         return {
             "schema_version": SCHEMA_VERSION,
             "sha256": self.sha256,
             "config": self.config,
             "base": self.base,
-            "seed": self.config["plan"]["seed"],
-            "sketch": {"kind": self.config["plan"]["sketch"], "dim": self.config["plan"]["sketch_dim"], "seed": self.config["plan"]["seed"]},
+            "seed": section["seed"],
+            "sketch": {"kind": section["sketch"], "dim": section["sketch_dim"], "seed": section["seed"]},
             "sft": self.sft,
             "explained": self.explained,
             "bounds": self.bounds,
@@ -259,7 +260,8 @@ class PartitionPlan:
             expected = group_identity(self.base, self.members(group.group), self.group_sft(group.group))
             if group.group_sha256 != expected:
                 raise MeritError(
-                    f"{folder}: group {group.group} records {group.group_sha256[:12]}, its content gives {expected[:12]}. "
+                    f"{folder}: group {group.group} records {group.group_sha256[:12]}, its content gives "
+                    f"{expected[:12]}. "
                     "The plan was changed by hand; plan again."
                 )
         if recorded != self.sha256:
@@ -304,7 +306,7 @@ class PartitionPlan:
 
 
 def conflict_pairs(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column indices that conflict.parquet lists: every ordered pair, or each row's extremes where T is large."""
+    """Row and column indices that conflict.parquet lists: every ordered pair, or each row's extremes for a large T."""
     count = len(matrix)
     if count <= MAX_ALL_PAIRS:
         rows, columns = np.nonzero(~np.eye(count, dtype=bool))

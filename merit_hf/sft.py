@@ -109,7 +109,7 @@ def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> PreT
 
 
 def load_model(folder: str | Path, args: SFTConfig | None = None) -> PreTrainedModel:
-    """The base as a causal language model with float32 master weights, unless `sft.model_init_kwargs` says otherwise."""
+    """The base as a causal language model, its weights in float32 unless `sft.model_init_kwargs` says otherwise."""
     kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
     kwargs.setdefault("dtype", torch.float32)
     try:
@@ -149,7 +149,7 @@ def open_trainer(
 def open_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, rows: datasets.Dataset
 ) -> Iterator[SFTTrainer]:
-    """A trainer that only computes losses: tokenised `rows` as they are, one sequence a row, the model in eval mode."""
+    """A trainer that only computes losses: tokenised `rows` as they are, one sequence a row, model in eval mode."""
     was_training = model.training
     with _replaced(args, **_UNPACKED, max_length=None), open_trainer(model, tokenizer, args, rows) as trainer:
         model.eval()

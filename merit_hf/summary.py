@@ -57,7 +57,8 @@ def cosine_sentence(plan: PartitionPlan) -> str:
     cosines = matrix[upper]
     within = f"{cosines[inside].mean():.2f}" if inside.any() else "none"
     return (
-        f"Cosines between datasets: lowest {cosines.min():.2f}, median {np.median(cosines):.2f}, highest {cosines.max():.2f}; "
+        f"Cosines between datasets: lowest {cosines.min():.2f}, median {np.median(cosines):.2f}, highest "
+        f"{cosines.max():.2f}; "
         f"mean inside groups {within}, over all pairs {cosines.mean():.2f}."
     )
 
@@ -67,7 +68,7 @@ def verdict_sentence(plan: PartitionPlan) -> str:
     bounds = plan.bounds
     p_value, angles = bounds.get("structure_p_value"), bounds.get("sin_angle")
     if bounds.get("verdict") == "noise":
-        first = f"The cosines show no more structure than their own shuffles do (p = {p_value:.2f}): this split may be noise."
+        first = f"The cosines show no more structure than their own shuffles (p = {p_value:.2f}): this may be noise."
     elif bounds.get("verdict") == "structure":
         first = f"The cosines have structure that shuffles of them do not reach (p = {p_value:.3f})."
     else:
@@ -82,8 +83,10 @@ def merge_summary(stats: MergeStats) -> str:
     moved = ", ".join(f"{value:.3f}" for value in stats.group_displacements)
     share = stats.cast_loss / stats.displacement if stats.displacement else 0.0
     return (
-        f"Merged {stats.num_tensors} tensors ({stats.num_parameters:,} parameters) in {stats.seconds:.1f} s. Distance from the base: "
-        f"{stats.displacement:.3f} (groups: {moved}); the final cast to {stats.out_dtype} loses {stats.cast_loss:.4f} of it ({share:.1%})."
+        f"Merged {stats.num_tensors} tensors ({stats.num_parameters:,} parameters) in {stats.seconds:.1f} s. "
+        "Distance from the base: "
+        f"{stats.displacement:.3f} (groups: {moved}); the final cast to {stats.out_dtype} loses "
+        f"{stats.cast_loss:.4f} of it ({share:.1%})."
     )
 
 

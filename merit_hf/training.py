@@ -2,7 +2,7 @@
 
     accelerate launch -m merit_hf.training PLAN --group 0 --output runs/mixture/groups/0
 
-Checkpoints lie in `OUTPUT.part`; the same command goes on from the last complete one. `OUTPUT` appears when it is done.
+Checkpoints lie in `OUTPUT.part`; the same command goes on from the last complete one. `OUTPUT` appears at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from merit_hf.sft import (
     BATCH_FIELDS,
     IDENTITY_FIELDS,
     build_args,
-    group_steps,
     load_model,
     load_tokenizer,
     open_trainer,
@@ -56,8 +55,8 @@ def train_group(
         plan ([`PartitionPlan`]): the plan.
         group (`int`): which group.
         output (`str` or `Path`): the folder to make. A finished checkpoint of the same group is left as it is.
-        placement (`dict`, *optional*): SFT fields that do not change the result, over the plan's own: batch per device,
-            accumulation, saving, logging. Their batch product must be the planned one.
+        placement (`dict`, *optional*): SFT fields that do not change the result, over the plan's own: batch per
+            device, accumulation, saving, logging. Their batch product must be the planned one.
         num_processes (`int`, *optional*): how many processes were asked for; another number is refused.
         progress ([`Progress`], *optional*): where to show it.
 
@@ -110,7 +109,8 @@ def base_folder(plan: PartitionPlan) -> Path:
         return Path(local)
     if plan.base["repo_id"] is None:
         raise ConfigError(
-            f"the plan's base was a local folder ({plan.base['weights_sha256'][:12]}) and is not on this machine. Plan from "
+            f"the plan's base was a local folder ({plan.base['weights_sha256'][:12]}) and is not on this machine. "
+            "Plan from "
             "its own CONFIG here."
         )
     return resolve_model(plan.base["repo_id"], plan.base["revision"], Path(), "base")[0]
@@ -137,7 +137,8 @@ def _finished(plan: PartitionPlan, group: int, output: Path) -> Path:
     if manifest.get("group_sha256") == planned.group_sha256 and manifest.get("status") == "complete":
         return output
     raise ConfigError(
-        f"{output} exists and is not group {group} of this plan (group_sha256 {str(manifest.get('group_sha256'))[:12]}, planned "
+        f"{output} exists and is not group {group} of this plan (group_sha256 "
+        f"{str(manifest.get('group_sha256'))[:12]}, planned "
         f"{planned.group_sha256[:12]}). Give another --output, or delete it."
     )
 
@@ -148,7 +149,8 @@ def _group_args(
     fixed = sorted(set(placement) & set(IDENTITY_FIELDS))
     if fixed:
         raise ConfigError(
-            f"sft.{fixed[0]} is part of the plan's identity, so a group cannot be trained with another value. Plan again with "
+            f"sft.{fixed[0]} is part of the plan's identity, so a group cannot be trained with another value. Plan "
+            "again with "
             f"sft.{fixed[0]}={placement[fixed[0]]!r}."
         )
     sft = {"save_total_limit": 2, "disable_tqdm": True, **plan.config["sft"], **placement}
@@ -160,7 +162,8 @@ def _group_args(
     accumulation = sft["gradient_accumulation_steps"]
     if per_device * accumulation * num_processes != effective:
         raise ConfigError(
-            f"the plan trains {effective} examples a step; sft.per_device_train_batch_size={per_device} × {accumulation} "
+            f"the plan trains {effective} examples a step; sft.per_device_train_batch_size={per_device} × "
+            f"{accumulation} "
             f"accumulation × {num_processes} processes is {per_device * accumulation * num_processes}. Choose "
             f"{' and '.join('sft.' + name for name in BATCH_FIELDS)} so that the product is {effective}."
         )
@@ -233,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command behind `merit train` and recipes/train_group.py."""
     parser = argparse.ArgumentParser(
         description="Train one group of a plan. Run the same command again to resume.",
-        epilog="Example: accelerate launch -m merit_hf.training runs/mixture/plan --group 0 --output runs/mixture/groups/0",
+        epilog="Example: accelerate launch -m merit_hf.training runs/mixture/plan --group 0 --output runs/groups/0",
     )
     parser.add_argument("plan", metavar="PLAN", help="folder of the plan, or Hub id org/name[@revision]")
     parser.add_argument(

@@ -78,6 +78,7 @@ class Worker:
                 last, since = alive(), time.monotonic()
             if time.monotonic() - since > patience:
                 raise MeritError(
-                    f"no other planner process has finished anything for {patience:.0f} s. Stop all of them and run the "
+                    f"no other planner process has finished anything for {patience:.0f} s. Stop all of them and run "
+                    "the "
                     "command again: it goes on with what is missing."
                 )

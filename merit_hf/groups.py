@@ -1,0 +1,98 @@
+"""Which group a dataset joins, and what training each group will take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from merit_hf import partition
+from merit_hf.config import MeritError, PlanSection
+from merit_hf.data import count_tokens
+from merit_hf.ledger import replay
+from merit_hf.mixture import PreparedDataset
+from merit_hf.plan import PlannedDataset, PlannedGroup, group_identity
+from merit_hf.sft import group_steps, identity_fields, training_rows
+
+GRADIENT_SPLITS = ("merit", "kmeans")
+
+
+def split_datasets(
+    prepared: Sequence[PreparedDataset],
+    tags: Mapping[str, str | None],
+    matrix: np.ndarray | None,
+    section: PlanSection,
+    num_groups: int,
+) -> np.ndarray:
+    """The group of every dataset by `plan.split`, int [T].
+
+    Args:
+        matrix: C, for the splits that look at gradients; None for the others.
+
+    Raises:
+        MeritError: k-means finds fewer distinct gradients than groups.
+    """
+    sizes = [_size(dataset, section.balance) for dataset in prepared]
+    if section.split == "random":
+        return partition.split_at_random(sizes, num_groups, section.seed)
+    if section.split == "by_tag":
+        return partition.split_by_tag([tags[dataset.name] or "" for dataset in prepared])
+    if matrix is None:
+        return np.zeros(len(prepared), dtype=np.int64)
+    if section.split == "merit":
+        return partition.split_by_conflict(matrix, sizes, num_groups, section.center, section.axes)
+    try:
+        return partition.split_by_kmeans(matrix, num_groups, section.seed)
+    except ValueError as error:
+        raise MeritError(f"plan.split=kmeans: {error}. Lower plan.num_groups.") from error
+
+
+def _size(dataset: PreparedDataset, balance: str) -> int:
+    if balance == "datasets":
+        return 1
+    return dataset.counts.num_input_tokens if balance == "tokens" else dataset.counts.num_examples
+
+
+def plan_groups(
+    rows: Sequence[PlannedDataset],
+    trains: dict[str, datasets.Dataset],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    base: dict[str, Any],
+) -> list[PlannedGroup]:
+    """Counts, replayed training budget, weight and identity of every group.
+
+    `sft.max_steps` is the budget of the whole mixture: groups share it by their input tokens.
+    """
+    numbers = sorted({row.group for row in rows})
+    members = {number: [row for row in rows if row.group == number] for number in numbers}
+    tokens = {number: sum(row.num_input_tokens for row in members[number]) for number in numbers}
+    budgets, identities = {}, {}
+    for number in numbers:
+        share = tokens[number] / sum(tokens.values())
+        with group_steps(args, share):
+            merged = datasets.concatenate_datasets([trains[row.name] for row in members[number]])
+            counts = count_tokens(training_rows(model, tokenizer, args, merged))
+            budgets[number] = replay(counts.input_tokens, counts.loss_tokens, args)
+            identities[number] = group_identity(base, members[number], identity_fields(args))
+    total = sum(budget.num_input_tokens for budget in budgets.values())
+    return [
+        PlannedGroup(
+            group=number,
+            datasets=[row.name for row in members[number]],
+            num_examples=sum(row.num_examples for row in members[number]),
+            num_input_tokens=tokens[number],
+            num_loss_tokens=sum(row.num_loss_tokens for row in members[number]),
+            num_steps=budgets[number].num_steps,
+            train_input_tokens=budgets[number].num_input_tokens,
+            train_loss_tokens=budgets[number].num_loss_tokens,
+            weight=budgets[number].num_input_tokens / total,
+            group_sha256=identities[number],
+        )
+        for number in numbers
+    ]
