@@ -163,11 +163,10 @@ def evaluate(
         from merit_hf.evaluate import evaluate_models, evaluation_table, save_evaluation
         from merit_hf.plan import PartitionPlan
         from merit_hf.summary import label_models
-        from merit_hf.training import base_folder
 
         loaded = PartitionPlan.from_pretrained(plan)
         labelled = label_models({text: _checkpoint(text) for text in models})
-        evaluation = evaluate_models(loaded, {"base": base_folder(loaded), **labelled}, num_samples)
+        evaluation = evaluate_models(loaded, {"base": loaded.base_folder(), **labelled}, num_samples)
         path = save_evaluation(evaluation, output)
         _print(evaluation_table(evaluation))
         _print(f"The numbers are in {path}.")

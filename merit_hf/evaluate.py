@@ -21,7 +21,6 @@ from merit_hf.mixture import plan_specs, prepare_dataset, read_mixture
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 from merit_hf.sft import build_args, collate, load_model, load_tokenizer, loss_sum, open_loss
-from merit_hf.training import base_folder
 
 EVALUATION_NAME = "evaluation.json"
 
@@ -50,7 +49,7 @@ def evaluate_models(
         ConfigError: no dataset has held-out rows.
     """
     progress = progress or Progress()
-    base = base_folder(plan)
+    base = plan.base_folder()
     args = build_args(plan.config["sft"], "unused")
     tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
     specs, root = plan_specs(plan, plan.names)

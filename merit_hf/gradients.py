@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import datasets
 import numpy as np
@@ -11,28 +10,9 @@ import torch
 from trl import SFTTrainer
 
 from merit_hf.config import MeritError
+from merit_hf.readouts import GradientReadout
 from merit_hf.sft import collate, loss_sum
 from merit_hf.sketch import Sketch
-
-
-@dataclass(frozen=True)
-class GradientReadout:
-    """What is kept of a dataset's gradient.
-
-    Attributes:
-        sketch: float32 [dim].
-        norm: ‖g‖₂ of the whole mean gradient.
-        loss: SFT's loss at the base on the sample, in the unit of the reduction (nats a token).
-        num_samples, num_input_tokens, num_loss_tokens, num_batches: what it was measured on.
-    """
-
-    sketch: np.ndarray
-    norm: float
-    loss: float
-    num_samples: int
-    num_input_tokens: int
-    num_loss_tokens: int
-    num_batches: int
 
 
 def sample_indices(num_rows: int, num_samples: int, seed: int) -> np.ndarray:

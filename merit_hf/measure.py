@@ -15,11 +15,11 @@ from trl import SFTConfig
 
 from merit_hf.config import ConfigError, MeritError, PlanSection
 from merit_hf.data import format_digest, seed_of
-from merit_hf.gradients import GradientReadout, dataset_gradient, sample_indices, trained_parameters
+from merit_hf.gradients import dataset_gradient, sample_indices, trained_parameters
 from merit_hf.mixture import PreparedDataset
 from merit_hf.plan import canonical_sha256
 from merit_hf.progress import Progress
-from merit_hf.readouts import load_readout, readout_path, save_readout
+from merit_hf.readouts import GradientReadout, load_readout, readout_path, save_readout
 from merit_hf.sft import open_loss
 from merit_hf.sketch import make_sketch
 from merit_hf.workers import Worker

@@ -17,7 +17,6 @@ from merit_hf.merge import MERGEKIT_CONFIG_NAME
 from merit_hf.plan import LOCAL_NAME, PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
-from merit_hf.training import base_folder
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def run_all(
                 plan, groups, merged, engine=config.merge.engine, weights=_weights(config),
                 out_dtype=config.merge.out_dtype, progress=stage.update,
             )  # fmt: skip
-    models = {"base": base_folder(plan), **({"joint": joint_model} if joint_model else {})}
+    models = {"base": plan.base_folder(), **({"joint": joint_model} if joint_model else {})}
     models |= {f"group-{number}": folder for number, folder in enumerate(groups)} | {"merged": merged}
     evaluation = None
     if any(entry["eval_path"] or entry["eval_split"] or entry["eval_fraction"] for entry in plan.config["datasets"]):

@@ -9,7 +9,6 @@ local.json      where this machine finds local data; never published
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,75 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from merit_hf import tables
 from merit_hf.config import ConfigError, MeritError
-from merit_hf.conflict import conflict_matrix
 from merit_hf.readouts import SKETCHES_NAME, open_sketches
+from merit_hf.tables import PlannedDataset as PlannedDataset
+from merit_hf.tables import PlannedGroup as PlannedGroup
 
 SCHEMA_VERSION = 1
 PLAN_NAME = "plan.json"
 LOCAL_NAME = "local.json"
-# Beyond this many datasets conflict.parquet holds extreme pairs only; the whole matrix follows from the sketches.
-MAX_ALL_PAIRS = 1000
-EXTREME_PAIRS = 50
-
-
-@dataclass(frozen=True)
-class PlannedDataset:
-    """A row of data/datasets.parquet. Token counts are of one pass over the data.
-
-    Attributes:
-        num_examples, num_input_tokens, num_loss_tokens: of the examples that SFT keeps.
-        num_dropped, num_truncated: examples without a loss token after truncation; examples cut to `max_length`.
-        num_sampled: examples behind the gradient; 0 where the split needs none.
-        fingerprint: sha256 of the rows. tokens_digest: of the token sequences and labels, whatever their order.
-    """
-
-    name: str
-    group: int
-    tag: str | None
-    format: str
-    fingerprint: str
-    tokens_digest: str
-    num_examples: int
-    num_input_tokens: int
-    num_loss_tokens: int
-    num_dropped: int = 0
-    num_truncated: int = 0
-    num_sampled: int = 0
-    gradient_norm: float | None = None
-    base_loss: float | None = None
-    coordinates: list[float] = field(default_factory=list)
-    repo_id: str | None = None
-    config: str | None = None
-    split: str | None = None
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class PlannedGroup:
-    """A row of data/groups.parquet.
-
-    Attributes:
-        num_examples, num_input_tokens, num_loss_tokens: of one pass over the group's data.
-        num_steps, train_input_tokens, train_loss_tokens: of the whole training, replayed from the data and the SFT
-            settings. Merge weights come from these.
-        weight: share of `train_input_tokens`.
-        group_sha256: identity of base, template, data and SFT settings that this group's checkpoint must have.
-    """
-
-    group: int
-    datasets: list[str]
-    num_examples: int
-    num_input_tokens: int
-    num_loss_tokens: int
-    num_steps: int
-    train_input_tokens: int
-    train_loss_tokens: int
-    weight: float
-    group_sha256: str
 
 
 @dataclass
@@ -161,6 +101,24 @@ class PartitionPlan:
             return self.sft
         return {**self.sft, "max_steps": self.group(number).num_steps}
 
+    def base_folder(self) -> Path:
+        """The base on this machine: where it was planned from, or the pinned commit from the Hub.
+
+        Raises:
+            ConfigError: it was a local folder that is not here.
+        """
+        local = self.local.get("base")
+        if local and Path(local).is_dir():
+            return Path(local)
+        if self.base["repo_id"] is None:
+            raise ConfigError(
+                f"the plan's base was a local folder (weights {self.base['weights_sha256'][:12]}) and is not on this "
+                "machine. Plan from its own CONFIG here."
+            )
+        from merit_hf.hub import fetch_model
+
+        return fetch_model(self.base["repo_id"], self.base["revision"])
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write plan.json, tables, local.json, figures and card. The planner puts the sketches beside them."""
         from merit_hf.cards import plan_dataset_card
@@ -168,10 +126,10 @@ class PartitionPlan:
 
         folder = Path(folder)
         (folder / "data").mkdir(parents=True, exist_ok=True)
-        tables = {"datasets": self._dataset_table(), "groups": self._group_table(), "conflict": self._conflict_table()}
-        for name, table in tables.items():
-            if table is not None:
-                pq.write_table(table, folder / "data" / f"{name}.parquet")
+        tables.write_datasets(folder, self.datasets)
+        tables.write_groups(folder, self.groups)
+        if self.conflict_matrix is not None:
+            tables.write_conflict(folder, self.names, self.conflict_matrix)
         (folder / LOCAL_NAME).write_text(json.dumps(self.local, indent=2) + "\n", encoding="utf-8")
         save_plan_figures(self, folder)
         (folder / "README.md").write_text(plan_dataset_card(self), encoding="utf-8")
@@ -214,11 +172,8 @@ class PartitionPlan:
             )
         local = folder / LOCAL_NAME
         plan = cls(
-            datasets=[
-                PlannedDataset(name=row.pop("dataset"), **row)
-                for row in pq.read_table(folder / "data" / "datasets.parquet").to_pylist()
-            ],
-            groups=[PlannedGroup(**row) for row in pq.read_table(folder / "data" / "groups.parquet").to_pylist()],
+            datasets=tables.read_datasets(folder),
+            groups=tables.read_groups(folder),
             local=json.loads(local.read_text(encoding="utf-8")) if local.exists() else {},
             repo_id=repo_id,
             revision=sha,
@@ -238,7 +193,7 @@ class PartitionPlan:
                 )
             },
         )
-        plan.conflict_matrix = plan._load_conflict_matrix(folder)
+        plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches)
         plan._check_identity(content["sha256"], folder)
         return plan
 
@@ -268,53 +223,6 @@ class PartitionPlan:
             raise MeritError(
                 f"{folder}: plan.json records sha256 {recorded[:12]}, the tables give {self.sha256[:12]}. Plan again."
             )
-
-    def _dataset_table(self) -> pa.Table:
-        rows = [dataclasses.asdict(dataset) for dataset in self.datasets]
-        return pa.Table.from_pylist([{"dataset": row.pop("name"), **row} for row in rows], schema=_DATASET_SCHEMA)
-
-    def _group_table(self) -> pa.Table:
-        return pa.Table.from_pylist([dataclasses.asdict(group) for group in self.groups], schema=_GROUP_SCHEMA)
-
-    def _conflict_table(self) -> pa.Table | None:
-        if self.conflict_matrix is None:
-            return None
-        rows, columns = conflict_pairs(self.conflict_matrix)
-        names = np.array(self.names, dtype=object)
-        return pa.table(
-            {
-                "dataset_a": pa.array(names[rows]),
-                "dataset_b": pa.array(names[columns]),
-                "cosine": pa.array(self.conflict_matrix[rows, columns]),
-            }
-        )
-
-    def _load_conflict_matrix(self, folder: Path) -> np.ndarray | None:
-        path = folder / "data" / "conflict.parquet"
-        if not path.exists():
-            return None
-        count = len(self.datasets)
-        if count > MAX_ALL_PAIRS:
-            sketches = self.load_sketches()
-            return None if sketches is None else conflict_matrix(sketches)
-        position = {name: index for index, name in enumerate(self.names)}
-        table = pq.read_table(path).to_pydict()
-        matrix = np.eye(count)
-        for a, b, cosine in zip(table["dataset_a"], table["dataset_b"], table["cosine"], strict=True):
-            matrix[position[a], position[b]] = cosine
-        return matrix
-
-
-def conflict_pairs(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column indices that conflict.parquet lists: every ordered pair, or each row's extremes for a large T."""
-    count = len(matrix)
-    if count <= MAX_ALL_PAIRS:
-        rows, columns = np.nonzero(~np.eye(count, dtype=bool))
-        return rows, columns
-    # The diagonal is 1, so every row's own entry is the last of the sorted order.
-    order = np.argsort(matrix, axis=1, kind="stable")
-    picked = np.concatenate([order[:, :EXTREME_PAIRS], order[:, -EXTREME_PAIRS - 1 : -1]], axis=1)
-    return np.repeat(np.arange(count), 2 * EXTREME_PAIRS), picked.ravel()
 
 
 def canonical_sha256(value: Any) -> str:
@@ -357,23 +265,3 @@ def _locate(path: str | Path, revision: str | None) -> tuple[Path, str | None, s
 
     sha = pin_revision(repo_id, at or revision, "dataset", "plan")
     return fetch_plan(repo_id, sha), repo_id, sha
-
-
-_DATASET_SCHEMA = pa.schema(
-    [
-        ("dataset", pa.string()), ("group", pa.int64()), ("tag", pa.string()), ("format", pa.string()),
-        ("fingerprint", pa.string()), ("tokens_digest", pa.string()), ("num_examples", pa.int64()),
-        ("num_input_tokens", pa.int64()), ("num_loss_tokens", pa.int64()), ("num_dropped", pa.int64()),
-        ("num_truncated", pa.int64()), ("num_sampled", pa.int64()), ("gradient_norm", pa.float64()),
-        ("base_loss", pa.float64()), ("coordinates", pa.list_(pa.float64())), ("repo_id", pa.string()),
-        ("config", pa.string()), ("split", pa.string()), ("revision", pa.string()),
-    ]
-)  # fmt: skip
-_GROUP_SCHEMA = pa.schema(
-    [
-        ("group", pa.int64()), ("datasets", pa.list_(pa.string())), ("num_examples", pa.int64()),
-        ("num_input_tokens", pa.int64()), ("num_loss_tokens", pa.int64()), ("num_steps", pa.int64()),
-        ("train_input_tokens", pa.int64()), ("train_loss_tokens", pa.int64()), ("weight", pa.float64()),
-        ("group_sha256", pa.string()),
-    ]
-)  # fmt: skip

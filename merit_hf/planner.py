@@ -24,14 +24,13 @@ from merit_hf.checkpoint import read_tensor_index, weights_sha256
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.conflict import axis_bounds, conflict_matrix, sketch_error, structure_p_value
 from merit_hf.data import LoadedDataset, format_digest, is_local
-from merit_hf.gradients import GradientReadout
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups, split_datasets
 from merit_hf.hub import resolve_model
 from merit_hf.measure import measure_gradients
 from merit_hf.mixture import PreparedDataset, prepare_mixture, read_mixture
 from merit_hf.plan import PartitionPlan, PlannedDataset, canonical_sha256
 from merit_hf.progress import Progress
-from merit_hf.readouts import SKETCHES_NAME, write_sketches
+from merit_hf.readouts import SKETCHES_NAME, GradientReadout, write_sketches
 from merit_hf.sft import (
     build_args,
     chat_template_sha256,

@@ -7,13 +7,32 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from merit_hf.gradients import GradientReadout
-
 SKETCHES_NAME = "sketches.safetensors"
+
+
+@dataclass(frozen=True)
+class GradientReadout:
+    """What is kept of a dataset's gradient.
+
+    Attributes:
+        sketch: float32 [dim].
+        norm: ‖g‖₂ of the whole mean gradient.
+        loss: SFT's loss at the base on the sample, in the unit of the reduction (nats a token).
+        num_samples, num_input_tokens, num_loss_tokens, num_batches: what it was measured on.
+    """
+
+    sketch: np.ndarray
+    norm: float
+    loss: float
+    num_samples: int
+    num_input_tokens: int
+    num_loss_tokens: int
+    num_batches: int
 
 
 def readout_path(folder: Path, name: str) -> Path:

@@ -24,7 +24,6 @@ from trl import SFTConfig
 from merit_hf.callback import MeritCallback
 from merit_hf.config import ConfigError, MeritError, check_sft, parse_value
 from merit_hf.entry import exit_on_error
-from merit_hf.hub import resolve_model
 from merit_hf.manifest import MANIFEST_NAME, TRAINER_STATE, hash_files, read_manifest
 from merit_hf.mixture import check_against_plan, plan_specs, prepare_dataset, read_mixture
 from merit_hf.plan import PartitionPlan
@@ -80,7 +79,7 @@ def train_group(
     if state.is_main_process:
         _discard_stale(part, planned.group_sha256)
     state.wait_for_everyone()
-    base = base_folder(plan)
+    base = plan.base_folder()
     tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
     model = load_model(base, args)
     rows = _group_rows(plan, group, model, tokenizer, args, progress)
@@ -100,20 +99,6 @@ def train_group(
         _publish(part, output)
     state.wait_for_everyone()
     return output
-
-
-def base_folder(plan: PartitionPlan) -> Path:
-    """The plan's base on this machine: where it was planned from, or the pinned commit from the Hub."""
-    local = plan.local.get("base")
-    if local and Path(local).is_dir():
-        return Path(local)
-    if plan.base["repo_id"] is None:
-        raise ConfigError(
-            f"the plan's base was a local folder ({plan.base['weights_sha256'][:12]}) and is not on this machine. "
-            "Plan from "
-            "its own CONFIG here."
-        )
-    return resolve_model(plan.base["repo_id"], plan.base["revision"], Path(), "base")[0]
 
 
 def last_checkpoint(part: Path) -> Path | None:
