@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/quickstart
 
-.PHONY: demo test test-all quality format clean
+.PHONY: demo test test-all bench quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt
@@ -35,6 +35,9 @@ test: $(VENV)/dev.done $(VENV)/demo.done
 
 test-all: $(VENV)/dev.done $(VENV)/demo.done
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/demo.done
+	$(BIN)/python benchmarks/quickstart_checks.py $(RUN) --output benchmarks/results/quickstart.md
 
 quality: $(VENV)/dev.done
 	$(BIN)/ruff check .

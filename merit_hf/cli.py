@@ -46,10 +46,12 @@ def plan(config: ConfigArgument, output: Output, overrides: Overrides = None, de
     with exit_on_error(debug):
         _quiet()
         from merit_hf.config import MeritConfig
+
+        # Before the libraries load: a mistake is told at once.
+        checked = MeritConfig.from_yaml(config, overrides or [])
         from merit_hf.planner import MeritPlanner
         from merit_hf.summary import plan_summary
 
-        checked = MeritConfig.from_yaml(config, overrides or [])
         made = MeritPlanner(checked).plan(output)
         _print(*plan_summary(made))
         _print(
@@ -188,12 +190,12 @@ def run(
     with exit_on_error(debug):
         _quiet()
         from merit_hf.config import MeritConfig
+
+        checked = MeritConfig.from_yaml(config, overrides or [])
         from merit_hf.pipeline import run_all
         from merit_hf.summary import plan_summary, run_summary
 
-        result = run_all(
-            MeritConfig.from_yaml(config, overrides or []), output, joint, num_processes, accelerate_config
-        )
+        result = run_all(checked, output, joint, num_processes, accelerate_config)
         _print(*plan_summary(result.plan))
         _print(*run_summary(result, output))
 

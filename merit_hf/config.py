@@ -280,7 +280,8 @@ def _explain(error: ValidationError, content: dict[str, Any], source: str) -> st
     first = error.errors()[0]
     location, value = first["loc"], first["input"]
     entries = content.get("datasets")
-    names = [entry.get("name") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    listed = entries if isinstance(entries, list) else []
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in listed]
     shown = [
         f"{names[part]}" if i == 1 and isinstance(part, int) and part < len(names) and names[part] else str(part)
         for i, part in enumerate(location)

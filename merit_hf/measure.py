@@ -60,7 +60,7 @@ def measure_gradients(
     workers of one launch share the rest; each returns when all are done.
 
     Raises:
-        ConfigError: the read-outs would not fit on the disk. MeritError: a gradient is not finite; the dataset is named.
+        ConfigError: the read-outs would not fit on the disk. MeritError: a gradient is not finite (names the dataset).
     """
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """MeritPlanner: data → gradients → conflict matrix → groups → plan. Orchestration only.
 
     plan = MeritPlanner(MeritConfig.from_yaml("mixture.yaml")).plan("runs/mixture/plan")
+    accelerate launch -m merit_hf.planner mixture.yaml --output runs/mixture/plan
 
 Work in progress lies in `OUTPUT.part`; running the same thing again goes on with the datasets that are not done.
 Started by `accelerate launch` or `torchrun`, the processes share the datasets between them.
@@ -8,6 +9,7 @@ Started by `accelerate launch` or `torchrun`, the processes share the datasets b
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import time
@@ -24,6 +26,7 @@ from merit_hf.checkpoint import read_tensor_index, weights_sha256
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.conflict import axis_bounds, conflict_matrix, sketch_error, structure_p_value
 from merit_hf.data import LoadedDataset, format_digest, is_local
+from merit_hf.entry import exit_on_error
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups, split_datasets
 from merit_hf.hub import resolve_model
 from merit_hf.measure import measure_gradients
@@ -40,7 +43,7 @@ from merit_hf.sft import (
     take_chat_template,
 )
 from merit_hf.versions import library_versions
-from merit_hf.workers import Worker
+from merit_hf.workers import Worker, check_processes
 
 
 class MeritPlanner:
@@ -292,3 +295,27 @@ def _save(plan: PartitionPlan, sketches: Sequence[np.ndarray], part: Path, outpu
     os.rename(finished, output)
     shutil.rmtree(part)
     return PartitionPlan.from_pretrained(output)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command behind recipes/plan.py: `merit plan` for several processes."""
+    parser = argparse.ArgumentParser(
+        description="Plan a mixture. Run the same command again to resume.",
+        epilog="Example: accelerate launch -m merit_hf.planner mixture.yaml --output runs/mixture/plan",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the YAML that names base, datasets and settings")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, such as plan.num_groups=2")
+    parser.add_argument("--output", required=True, help="folder for the plan")
+    parser.add_argument("--num-processes", type=int, help="refuse to run with another number of processes")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_intermixed_args(argv)
+    with exit_on_error(options.debug):
+        worker = Worker.from_environment()
+        check_processes(worker.world_size, options.num_processes)
+        planner = MeritPlanner(MeritConfig.from_yaml(options.config, options.overrides), worker=worker)
+        plan = planner.plan(options.output)
+        planner.progress.note(f"Plan {plan.sha256[:12]} is in {options.output}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ gradient of the loss that is trained.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,11 @@ IDENTITY_FIELDS = (
     "router_aux_loss_coef", "seed", "shuffle_dataset", "train_sampling_strategy", "truncation_mode", "warmup_steps",
     "weight_decay",
 )  # fmt: skip
+_FLOATS = tuple(
+    field.name
+    for field in dataclasses.fields(SFTConfig)
+    if field.name in IDENTITY_FIELDS and type(field.default) is float
+)
 BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _UNPACKED = {"packing": False, "padding_free": False, "shuffle_dataset": False}
 _OURS = {
@@ -71,6 +77,8 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path, **overrides: Any)
 def identity_fields(args: SFTConfig, num_processes: int = 1) -> dict[str, Any]:
     """The fields of `args` that decide the trained weights, as plain JSON values."""
     fields = {name: _plain(getattr(args, name)) for name in IDENTITY_FIELDS}
+    # `1` and `1.0` are the same setting and must be the same JSON.
+    fields |= {name: float(fields[name]) for name in _FLOATS}
     # Without a data seed of its own, the order of the examples comes from the seed.
     fields["data_seed"] = args.seed if args.data_seed is None else args.data_seed
     per_device, accumulation = (getattr(args, name) for name in BATCH_FIELDS)

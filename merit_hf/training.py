@@ -36,6 +36,7 @@ from merit_hf.sft import (
     load_tokenizer,
     open_trainer,
 )
+from merit_hf.workers import check_processes
 
 _RUN_NAME = "run.json"
 
@@ -67,11 +68,7 @@ def train_group(
     planned = plan.group(group)
     state = PartialState(cpu=None)
     progress = progress or Progress(quiet=not state.is_main_process)
-    if num_processes is not None and state.num_processes != num_processes:
-        raise MeritError(
-            f"{num_processes} processes were asked for, {state.num_processes} are running. On CPU, accelerate needs a "
-            "config with `distributed_type: MULTI_GPU` and `use_cpu: true`; see recipes/accelerate_configs/cpu_2.yaml."
-        )
+    check_processes(state.num_processes, num_processes)
     if output.exists():
         return _finished(plan, group, output)
     part = output.with_name(output.name + ".part")

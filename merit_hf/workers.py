@@ -18,6 +18,15 @@ from merit_hf.config import MeritError
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
+def check_processes(running: int, asked: int | None) -> None:
+    """Raises MeritError where another number of processes runs than was asked for."""
+    if asked is not None and running != asked:
+        raise MeritError(
+            f"{asked} processes were asked for, {running} are running. On CPU, accelerate needs a config with "
+            "`distributed_type: MULTI_GPU` and `use_cpu: true`; see recipes/accelerate_configs/cpu_2.yaml."
+        )
+
+
 @dataclass(frozen=True)
 class Worker:
     """This process among `world_size` planners.

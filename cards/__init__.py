@@ -1,0 +1,1 @@
+"""The card templates, shipped in the wheel as `merit_hf.templates`."""

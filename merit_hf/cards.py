@@ -1,0 +1,235 @@
+"""The cards of plans, groups and merged models: facts from a plan and a manifest, put into cards/*.md.
+
+Metadata holds Hub ids only. What came from elsewhere (names, manifests) is shown as text, never as markup or template.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+import yaml
+from huggingface_hub import DatasetCardData, ModelCardData
+
+from merit_hf.config import MeritError
+from merit_hf.text import Markdown, code, escape_markdown, fenced, find_local_paths, hide_local_paths
+
+if TYPE_CHECKING:
+    from merit_hf.plan import PartitionPlan
+
+_TABLES = ("datasets", "conflict", "groups")
+_MAX_PAIRS = 5
+_MAX_ROWS = 60
+
+
+def plan_dataset_card(plan: PartitionPlan) -> str:
+    """README.md of a plan; its `configs:` make the Hub's viewer show the tables."""
+    shown = [table for table in _TABLES if table != "conflict" or plan.conflict_matrix is not None]
+    configs = [
+        {
+            "config_name": table,
+            "data_files": f"data/{table}.parquet",
+            **({"default": True} if table == "datasets" else {}),
+        }
+        for table in shown
+    ]
+    data = DatasetCardData(configs=configs, tags=["merit", "partition-plan", "instruction-tuning"])
+    return _render(
+        "plan_dataset_card.md",
+        data.to_yaml(),
+        plan=plan,
+        base=_base(plan.base),
+        sections=plan.config["plan"],
+        groups=plan.groups,
+        members={group.group: _names(group.datasets) for group in plan.groups},
+        pairs=_extreme_pairs(plan),
+        bounds=_bounds(plan),
+        settings=_settings(plan.sft),
+        versions=_settings(plan.versions),
+        plan_id=Markdown(plan.repo_id or "PLAN"),
+    )
+
+
+def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
+    """README.md of a group checkpoint."""
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=manifest["base"].get("repo_id"),
+        base_model_relation="finetune" if manifest["base"].get("repo_id") else None,
+        datasets=_hub_datasets(manifest["datasets"]) or None,
+        tags=["merit", "merit-group", "sft", "trl"],
+        pipeline_tag="text-generation",
+    )
+    return _render(
+        "group_model_card.md",
+        data.to_yaml(),
+        plan=plan,
+        manifest=manifest,
+        base=_base(manifest["base"]),
+        num_groups=len(plan.groups),
+        rows=[
+            [d["name"], _source(d), f"{d['num_examples']:,}", f"{d['num_input_tokens']:,}"]
+            for d in manifest["datasets"]
+        ],
+        settings=_settings(manifest["sft"]),
+        versions=_settings(manifest["versions"]),
+        plan_id=Markdown(plan.repo_id or "PLAN"),
+    )
+
+
+def merged_model_card(
+    plan: PartitionPlan, manifest: Mapping[str, Any], mergekit_config: str, evaluation: Mapping[str, Any] | None = None
+) -> str:
+    """README.md of a merged model, with the evaluation table where there is one."""
+    parents = [group["repo_id"] for group in manifest["groups"] if group.get("repo_id")]
+    if not parents and manifest["base"].get("repo_id"):
+        parents = [manifest["base"]["repo_id"]]
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=parents or None,
+        base_model_relation="merge" if parents else None,
+        datasets=_hub_datasets([{"repo_id": dataset.repo_id} for dataset in plan.datasets]) or None,
+        tags=["merge", "mergekit", "merit"],
+        pipeline_tag="text-generation",
+    )
+    stats = manifest.get("stats", {})
+    members = {group.group: _names(group.datasets) for group in plan.groups}
+    return _render(
+        "merged_model_card.md",
+        data.to_yaml(),
+        plan=plan,
+        manifest=manifest,
+        base=_base(manifest["base"]),
+        stats=stats,
+        cast_share=stats["cast_loss"] / stats["displacement"] if stats.get("displacement") else None,
+        rows=[
+            [str(g["group"]), members.get(g["group"], ""), f"{g['num_input_tokens']:,}", f"{g['weight']:.6f}"]
+            for g in manifest["groups"]
+        ],
+        checkpoints=" ".join(f"groups/{group['group']}" for group in manifest["groups"]),
+        evaluation=_evaluation_table(evaluation) if evaluation else None,
+        mergekit_config=fenced(_public_recipe(mergekit_config, manifest), "yaml"),
+        versions=_settings(manifest["versions"]),
+        plan_id=Markdown(plan.repo_id or "PLAN"),
+    )
+
+
+def validate_card(text: str) -> None:
+    """Raises MeritError where the metadata is not a YAML mapping, or the card shows a path of this machine."""
+    parts = text.split("---\n", 2)
+    try:
+        metadata = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    except yaml.YAMLError as error:
+        raise MeritError(f"the card's metadata is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(metadata, dict):
+        raise MeritError("the card does not begin with a mapping of metadata between two lines of ---.")
+    paths = find_local_paths(text)
+    if paths:
+        raise MeritError(f"the card would show a path of this machine: {paths[0]}")
+
+
+def _render(template: str, metadata: str, **facts: Any) -> str:
+    source = importlib.resources.files("merit_hf.templates").joinpath(template).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        finalize=escape_markdown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"code": code, "thousands": lambda value: f"{value:,}"}
+    card = environment.from_string(source).render(metadata=Markdown(metadata.strip()), table=_table, **facts)
+    validate_card(card)
+    return card
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
+    """A Markdown table whose cells are inert text; long ones are cut with a line that says so."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(escape_markdown(cell) for cell in row) + " |" for row in rows[:_MAX_ROWS]]
+    if len(rows) > _MAX_ROWS:
+        lines.append(f"\n{len(rows) - _MAX_ROWS} more are in the tables under data/.")
+    return Markdown("\n".join(lines))
+
+
+def _names(names: Sequence[str], limit: int = 12) -> Markdown:
+    shown = [escape_markdown(name) for name in names[:limit]]
+    more = [f"and {len(names) - limit} more"] if len(names) > limit else []
+    return Markdown(", ".join(shown + more))
+
+
+def _base(base: Mapping[str, Any]) -> Markdown:
+    weights = f"weights {code(base['weights_sha256'][:16])}"
+    if base.get("repo_id"):
+        return Markdown(f"{code(base['repo_id'])} at {code(base['revision'])} ({weights})")
+    return Markdown(f"a local checkpoint ({weights})")
+
+
+def _source(dataset: Mapping[str, Any]) -> Markdown:
+    if dataset.get("repo_id"):
+        return Markdown(f"{code(dataset['repo_id'])} at {code((dataset.get('revision') or '')[:12] or 'main')}")
+    return Markdown(f"local, fingerprint {code(dataset['fingerprint'][:16])}")
+
+
+def _hub_datasets(datasets: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted({dataset["repo_id"] for dataset in datasets if dataset.get("repo_id")})
+
+
+def _settings(values: Mapping[str, Any]) -> Markdown:
+    """`name` = value, …; unset ones are left out."""
+    told = [
+        f"{escape_markdown(name)} {code(str(value))}" for name, value in sorted(values.items()) if value is not None
+    ]
+    return Markdown(", ".join(told))
+
+
+def _extreme_pairs(plan: PartitionPlan) -> dict[str, Markdown] | None:
+    if plan.conflict_matrix is None or len(plan.datasets) < 2:
+        return None
+    rows, columns = np.triu_indices(len(plan.datasets), 1)
+    cosines = plan.conflict_matrix[rows, columns]
+    order = np.argsort(cosines, kind="stable")
+
+    def listed(indices: np.ndarray) -> Markdown:
+        cells = [[plan.names[rows[i]], plan.names[columns[i]], f"{cosines[i]:.3f}"] for i in indices]
+        return _table(("dataset", "dataset", "cosine"), cells)
+
+    count = min(_MAX_PAIRS, max(1, len(order) // 2))
+    return {"conflicting": listed(order[:count]), "aligned": listed(order[::-1][:count])}
+
+
+def _bounds(plan: PartitionPlan) -> dict[str, Any]:
+    bounds = plan.bounds
+    angles = bounds.get("sin_angle")
+    return {
+        "error": bounds.get("operator_norm"),
+        "axes": Markdown(", ".join(f"axis {i + 1}: {angle:.2f}" for i, angle in enumerate(angles)))
+        if angles
+        else None,
+        "p_value": bounds.get("structure_p_value"),
+        "verdict": bounds.get("verdict"),
+    }
+
+
+def _evaluation_table(evaluation: Mapping[str, Any]) -> Markdown:
+    labels = evaluation["models"]
+    rows = [
+        [name, str(row["group"]), *(f"{row['loss'][label]:.3f}" for label in labels)]
+        for name, row in evaluation["datasets"].items()
+    ]
+    rows.append(["mean", "", *(f"{evaluation['mean'][label]:.3f}" for label in labels)])
+    return _table(("dataset", "group", *labels), rows)
+
+
+def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:
+    """The recipe with every local folder named after the group it holds."""
+    content = yaml.safe_load(mergekit_config)
+    numbers = [group["group"] for group in manifest["groups"]]
+    names: dict[str, str] = {}
+    for model, number in zip(content.get("models", []), numbers, strict=False):
+        if find_local_paths(str(model["model"])) or str(model["model"]).startswith("/"):
+            names[model["model"]] = f"groups/{number}"
+            model["model"] = names[model["model"]]
+    if content.get("base_model") in names:
+        content["base_model"] = names[content["base_model"]]
+    return hide_local_paths(yaml.safe_dump(content, sort_keys=False))

@@ -1,0 +1,191 @@
+"""The pictures of a plan, as PNG: conflict heatmap, conflict axes, tokens by group. Same plan, same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from merit_hf.text import public_text
+
+if TYPE_CHECKING:
+    from merit_hf.plan import PartitionPlan
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; beyond eight groups they repeat with other markers.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#555555")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_MAX_LABELS = 80
+_MAX_VALUES = 16
+
+
+def save_plan_figures(plan: PartitionPlan, folder: Path) -> list[str]:
+    """Write the figures that a plan has into `folder`/figures; returns their paths relative to `folder`."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    names = [public_text(name, 40) for name in plan.names]
+    groups = [dataset.group for dataset in plan.datasets]
+    tokens = [dataset.num_input_tokens for dataset in plan.datasets]
+    written = ["figures/groups.png"]
+    save_group_sizes(names, groups, tokens, folder / written[0])
+    if plan.conflict_matrix is not None:
+        written += ["figures/conflict.png", "figures/axes.png"]
+        save_conflict_heatmap(plan.conflict_matrix, names, groups, folder / written[1])
+        coordinates = np.array([dataset.coordinates for dataset in plan.datasets])
+        save_pca_scatter(coordinates, names, groups, plan.explained, tokens, folder / written[2])
+    return written
+
+
+def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequence[int], path: Path) -> None:
+    """Cosines between datasets, group by group, alike datasets side by side; red where they conflict.
+
+    Args:
+        matrix: C, [T, T]. groups: the group of each dataset, [T].
+    """
+    order = _display_order(matrix, groups)
+    count = len(order)
+    side = float(np.clip(2.2 + 0.36 * min(count, _MAX_LABELS), 3.8, 14.0))
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    axes = figure.subplots()
+    shown = matrix[np.ix_(order, order)]
+    off_diagonal = np.abs(shown[~np.eye(count, dtype=bool)])
+    limit = float(np.clip(np.ceil(10 * off_diagonal.max()) / 10, 0.1, 1.0)) if off_diagonal.size else 1.0
+    image = axes.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+    figure.colorbar(image, ax=axes, shrink=0.75, label=f"cosine of the gradients (colours end at ±{limit:.1f})")
+    labels = [names[index] for index in order]
+    _label_ticks(axes, labels)
+    if count <= _MAX_VALUES:
+        for row in range(count):
+            for column in range(count):
+                value = shown[row, column]
+                colour = "white" if abs(value) > 0.7 * limit else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color=colour)
+    start = 0
+    for group in sorted(set(groups)):
+        size = list(groups).count(group)
+        axes.add_patch(Rectangle((start - 0.5, start - 0.5), size, size, fill=False, lw=1.8, ec=_COLOURS[group % 8]))
+        start += size
+    axes.set_title("Which datasets pull together (blue) and which conflict (red)\nboxes: groups", fontsize=10)
+    _save(figure, path)
+
+
+def save_pca_scatter(
+    coordinates: np.ndarray,
+    names: Sequence[str],
+    groups: Sequence[int],
+    explained: Sequence[float],
+    num_input_tokens: Sequence[int],
+    path: Path,
+) -> None:
+    """Datasets on the first two conflict axes, coloured by group, area by tokens.
+
+    Args:
+        coordinates: [T, r ≥ 1]. explained: share of the variance of each axis, [≥ r].
+    """
+    figure = Figure(figsize=(7.5, 5.8), layout="constrained")
+    axes = figure.subplots()
+    x = coordinates[:, 0]
+    y = coordinates[:, 1] if coordinates.shape[1] > 1 else np.zeros(len(x))
+    sizes = np.asarray(num_input_tokens, dtype=float)
+    areas = 30 + 220 * sizes / max(sizes.max(), 1.0)
+    for group in sorted(set(groups)):
+        mine = np.array(groups) == group
+        axes.scatter(
+            x[mine], y[mine], s=areas[mine], color=_COLOURS[group % 8], marker=_MARKERS[group // 8 % 8], alpha=0.85,
+            edgecolor="white", label=f"group {group}",
+        )  # fmt: skip
+    if len(names) <= _MAX_LABELS:
+        _annotate(axes, x, y, names)
+    axes.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
+    axes.axvline(0, color="#bbbbbb", lw=0.8, zorder=0)
+    axes.margins(0.14)
+    for number, label in enumerate((axes.set_xlabel, axes.set_ylabel)):
+        share = f" ({explained[number]:.0%} of the variance)" if number < len(explained) else ""
+        label(f"conflict axis {number + 1}{share}")
+    axes.set_title("The datasets on the main axes of conflict (area: tokens)", fontsize=10)
+    axes.legend(loc="best", fontsize=8, markerscale=0.6, ncols=1 + len(set(groups)) // 9)
+    _save(figure, path)
+
+
+def save_group_sizes(names: Sequence[str], groups: Sequence[int], num_input_tokens: Sequence[int], path: Path) -> None:
+    """Tokens of every group, its datasets stacked."""
+    numbers = sorted(set(groups))
+    figure = Figure(figsize=(7.5, float(np.clip(1.0 + 0.5 * len(numbers), 1.6, 12.0))), layout="constrained")
+    axes = figure.subplots()
+    total = sum(num_input_tokens)
+    for row, group in enumerate(numbers):
+        left = 0
+        for index in [i for i, g in enumerate(groups) if g == group]:
+            width = num_input_tokens[index]
+            axes.barh(row, width, left=left, color=_COLOURS[group % 8], edgecolor="white", lw=1)
+            if width > 0.07 * total / max(1, len(numbers)) * 2 and len(names) <= _MAX_LABELS:
+                axes.text(left + width / 2, row, names[index], ha="center", va="center", fontsize=6.5, color="black")
+            left += width
+    axes.set_yticks(range(len(numbers)), [f"group {group}" for group in numbers], fontsize=8)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("input tokens in one pass")
+    _save(figure, path)
+
+
+def _display_order(matrix: np.ndarray, groups: Sequence[int]) -> np.ndarray:
+    """Positions sorted by group, and inside a group by hierarchical clustering of the rows."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    order: list[int] = []
+    for group in sorted(set(groups)):
+        members = np.flatnonzero(np.array(groups) == group)
+        if len(members) > 2:
+            distance = np.clip(1.0 - matrix[np.ix_(members, members)], 0.0, None)
+            np.fill_diagonal(distance, 0.0)
+            members = members[leaves_list(linkage(squareform(distance, checks=False), "average"))]
+        order += members.tolist()
+    return np.array(order)
+
+
+def _label_ticks(axes: Axes, labels: Sequence[str]) -> None:
+    if len(labels) > _MAX_LABELS:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    size = float(np.clip(11 - 0.08 * len(labels), 4.5, 8.5))
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(labels)), labels, fontsize=size)
+
+
+def _annotate(axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
+    """Names beside their points, each moved to the first free place around it."""
+    figure = axes.figure
+    axes.margins(0.14)
+    figure.canvas = FigureCanvasAgg(figure)
+    figure.canvas.draw()
+    to_pixels = axes.transData.transform(np.column_stack([x, y]))
+    taken: list[tuple[float, float, float, float]] = []
+    places = ((9, -3), (9, 9), (9, -15), (-9, -3), (-9, 9), (-9, -15), (9, 21), (-9, 21), (9, -27), (-9, -27))
+    for index in np.argsort(-y, kind="stable"):
+        px, py = to_pixels[index]
+        width = 4.6 * len(names[index]) * figure.dpi / 72
+        for dx, dy in places:
+            left = px + dx if dx > 0 else px + dx - width
+            box = (left, py + dy, left + width, py + dy + 10)
+            if all(box[0] > t[2] or box[2] < t[0] or box[1] > t[3] or box[3] < t[1] for t in taken):
+                break
+        taken.append(box)
+        axes.annotate(
+            names[index], (x[index], y[index]), (dx, dy), textcoords="offset points", fontsize=7,
+            ha="left" if dx > 0 else "right",
+        )  # fmt: skip
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Names are data: a dollar sign in one is no formula.
+    for axes in figure.axes:
+        for text in [*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels()]:
+            text.set_parse_math(False)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,0 +1,72 @@
+"""Fixtures that several test files share: one tiny base, built once, and a cache of tokenised data that is thrown away."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from merit_hf.plan import PartitionPlan
+
+# Before `datasets` is imported: what an earlier run cached must not hide what this one gets wrong.
+_CACHE = tempfile.TemporaryDirectory(prefix="merit-datasets-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models gain nothing from threads, and sums must not depend on how many cores there are.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny base checkpoint. Read only."""
+    from tiny import make_base
+
+    return make_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CONFIG of four tasks of 11 rows for two groups: the last batch of an epoch is half full. Read only."""
+    from tiny import make_mixture
+
+    return make_mixture(tmp_path_factory.mktemp("mixture"), count=11)
+
+
+@pytest.fixture(scope="session")
+def make_plan(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PartitionPlan]:
+    """`make_plan("sft.max_steps=9", …)`: the plan of `tiny_config` with these overrides, made once. Read only."""
+    from merit_hf.config import MeritConfig
+    from merit_hf.planner import MeritPlanner
+    from merit_hf.progress import Progress
+
+    made: dict[tuple[str, ...], PartitionPlan] = {}
+
+    def make(*overrides: str) -> PartitionPlan:
+        if overrides not in made:
+            folder = tmp_path_factory.mktemp("plan") / "plan"
+            made[overrides] = MeritPlanner(MeritConfig.from_yaml(tiny_config, overrides), Progress(quiet=True)).plan(folder)
+        return made[overrides]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(make_plan: Callable[..., PartitionPlan]) -> PartitionPlan:
+    """The plan of `tiny_config`: two groups of two tasks, 6 steps each. Read only."""
+    return make_plan()
+
+
+@pytest.fixture(scope="session")
+def tiny_groups(tiny_plan: PartitionPlan, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The trained groups of `tiny_plan`. Read only: copy a folder to change it."""
+    from merit_hf.progress import Progress
+    from merit_hf.training import train_group
+
+    folder = tmp_path_factory.mktemp("groups")
+    return [train_group(tiny_plan, k, folder / str(k), progress=Progress(quiet=True)) for k in range(2)]
