@@ -73,9 +73,9 @@ def plan_groups(
     members = {number: [row for row in rows if row.group == number] for number in numbers}
     tokens = {number: sum(row.num_input_tokens for row in members[number]) for number in numbers}
     budgets, identities = {}, {}
+    steps = _shared_steps(args.max_steps, tokens)
     for number in numbers:
-        share = tokens[number] / sum(tokens.values())
-        with group_steps(args, share):
+        with group_steps(args, steps[number]):
             merged = datasets.concatenate_datasets([trains[row.name] for row in members[number]])
             counts = count_tokens(training_rows(model, tokenizer, args, merged))
             budgets[number] = replay(counts.input_tokens, counts.loss_tokens, args)
@@ -96,3 +96,18 @@ def plan_groups(
         )
         for number in numbers
     ]
+
+
+def _shared_steps(max_steps: int, tokens: Mapping[int, int]) -> dict[int, int]:
+    """`max_steps` shared in proportion to tokens, by largest remainders, so that the shares sum to it.
+
+    At least 1 each; not positive means no bound, for every group.
+    """
+    if max_steps <= 0:
+        return dict.fromkeys(tokens, max_steps)
+    exact = {number: max_steps * count / sum(tokens.values()) for number, count in tokens.items()}
+    steps = {number: int(share) for number, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda number: (steps[number] - exact[number], number))
+    for number in by_remainder[: max_steps - sum(steps.values())]:
+        steps[number] += 1
+    return {number: max(1, count) for number, count in steps.items()}

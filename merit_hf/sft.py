@@ -34,9 +34,7 @@ IDENTITY_FIELDS = (
     "weight_decay",
 )  # fmt: skip
 _FLOATS = tuple(
-    field.name
-    for field in dataclasses.fields(SFTConfig)
-    if field.name in IDENTITY_FIELDS and type(field.default) is float
+    f.name for f in dataclasses.fields(SFTConfig) if f.name in IDENTITY_FIELDS and f.type in (float, "float")
 )
 BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _UNPACKED = {"packing": False, "padding_free": False, "shuffle_dataset": False}
@@ -69,9 +67,16 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path, **overrides: Any)
     # transformers falls back on torch's global seed for the order of the examples; the plan pins it.
     values.setdefault("data_seed", values.get("seed", SFTConfig.seed))
     try:
-        return SFTConfig(output_dir=str(output_dir), **values)
+        args = SFTConfig(output_dir=str(output_dir), **values)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"sft: {_one_line(error)}") from error
+    if args.padding_free and not args.packing and args.max_length is not None:
+        # TRL refuses this too, but only when the training starts.
+        raise ConfigError(
+            f"sft.padding_free=true without sft.packing does not enforce sft.max_length={args.max_length}. Set "
+            "sft.packing=true, or sft.max_length=null."
+        )
+    return args
 
 
 def identity_fields(args: SFTConfig, num_processes: int = 1) -> dict[str, Any]:
@@ -82,14 +87,17 @@ def identity_fields(args: SFTConfig, num_processes: int = 1) -> dict[str, Any]:
     # Without a data seed of its own, the order of the examples comes from the seed.
     fields["data_seed"] = args.seed if args.data_seed is None else args.data_seed
     per_device, accumulation = (getattr(args, name) for name in BATCH_FIELDS)
-    return {**fields, "effective_batch_size": per_device * accumulation * num_processes}
+    fields["effective_batch_size"] = per_device * accumulation * num_processes
+    if args.dataloader_drop_last:
+        # The rows that an epoch drops are those that do not fill one batch of all devices.
+        fields["device_batch_size"] = per_device * num_processes
+    return fields
 
 
 @contextlib.contextmanager
-def group_steps(args: SFTConfig, share: float) -> Iterator[None]:
-    """`args` with a group's share of `max_steps`, where the mixture's training is bounded by it."""
-    steps = max(1, round(args.max_steps * share)) if args.max_steps > 0 else args.max_steps
-    with _replaced(args, max_steps=steps):
+def group_steps(args: SFTConfig, max_steps: int) -> Iterator[None]:
+    """`args` with a group's share of `max_steps`."""
+    with _replaced(args, max_steps=max_steps):
         yield
 
 
