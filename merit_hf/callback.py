@@ -15,7 +15,6 @@ from typing import Any
 import datasets
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from trl import SFTConfig
 
 from merit_hf.cards import group_model_card
 from merit_hf.checkpoint import weights_sha256
@@ -25,6 +24,12 @@ from merit_hf.ledger import TokenLedger
 from merit_hf.manifest import group_manifest, hash_files, write_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.sft import chat_template_sha256, identity_fields
+
+
+_BATCH_CURES = {
+    "effective_batch_size": "Make per_device_train_batch_size × gradient_accumulation_steps × processes that product",
+    "device_batch_size": "With dataloader_drop_last, make per_device_train_batch_size × processes that product",
+}
 
 
 class MeritCallback(TrainerCallback, ExportableState):
@@ -138,21 +143,16 @@ class MeritCallback(TrainerCallback, ExportableState):
             (folder / "README.md").write_text(group_model_card(self.plan, manifest), encoding="utf-8")
 
     def _identity(self, args: TrainingArguments) -> dict[str, Any]:
-        if isinstance(args, SFTConfig):
-            return {
-                **identity_fields(args, args.world_size),
-                "assistant_only_loss": self.plan.sft["assistant_only_loss"],
-            }
-        # A plain Trainer has no SFT fields; what they decide is in the tokens, which are checked.
-        return self.plan.group_sft(self.group)
+        planned = self.plan.group_sft(self.group)
+        # What the fields of SFT decide that a plain Trainer lacks is in the tokens, which are checked.
+        fields = {**planned, **identity_fields(args, args.world_size)}
+        return {**fields, "assistant_only_loss": planned["assistant_only_loss"]}
 
     def _check_settings(self, args: TrainingArguments) -> None:
         planned, found = self.plan.group_sft(self.group), self._identity(args)
         for field in sorted(planned):
             if planned[field] != found.get(field):
-                cure = f"Set {field}={planned[field]!r}"
-                if field == "effective_batch_size":
-                    cure = "Make per_device_train_batch_size × gradient_accumulation_steps × processes that product"
+                cure = _BATCH_CURES.get(field, f"Set {field}={planned[field]!r}")
                 raise MeritError(
                     f"group {self.group}: {field} is {found.get(field)!r}, planned {planned[field]!r}. {cure}, or "
                     "plan again."

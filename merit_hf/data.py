@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from merit_hf.config import ConfigError, DatasetSection
 from merit_hf.hub import pin_revision
@@ -181,14 +185,36 @@ def _read(spec: DatasetSection, path: str, split: str, root: Path, revision: str
         raise ConfigError(f"{where}: no such file (looked for {file}).{hint}")
     if file.suffix not in _LOADERS:
         raise ConfigError(f"{where}: expected one of {', '.join(_LOADERS)}, found `{file.suffix or 'a folder'}`.")
-    if file.stat().st_size == 0:
-        return datasets.Dataset.from_dict({})
     try:
-        return datasets.load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train")
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        if _has_no_rows(file):
+            return datasets.Dataset.from_dict({})
+        options: dict[str, Any] = {}
+        if file.suffix == ".csv":
+            # Cells are text: the answers 007, 1.50, NA and None are not numbers or gaps.
+            columns = {column: datasets.Value("string") for column in _csv_header(file)}
+            options = {"features": datasets.Features(columns), "keep_default_na": False}
+        return datasets.load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train", **options)
+    except (ValueError, OSError, csv.Error, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         raise ConfigError(
             f"{where}: not readable as {file.suffix}: {' '.join(str(error.__cause__ or error).split())}"
         ) from error
+
+
+def _has_no_rows(file: Path) -> bool:
+    """True for the files without rows that `datasets` would refuse."""
+    if file.stat().st_size == 0:
+        return True
+    if file.suffix == ".parquet":
+        return pq.read_metadata(file).num_rows == 0
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        if file.suffix == ".csv":
+            return next(filter(None, itertools.islice(csv.reader(lines), 1, None)), None) is None
+        return lines.read(64).strip() in ("", "[]")
+
+
+def _csv_header(file: Path) -> list[str]:
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        return next(csv.reader(lines))
 
 
 def _columns(rows: datasets.Dataset, spec: DatasetSection, text_field: str) -> datasets.Dataset:

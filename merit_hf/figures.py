@@ -55,7 +55,7 @@ def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequ
     off_diagonal = np.abs(shown[~np.eye(count, dtype=bool)])
     limit = float(np.clip(np.ceil(10 * off_diagonal.max()) / 10, 0.1, 1.0)) if off_diagonal.size else 1.0
     image = axes.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
-    figure.colorbar(image, ax=axes, shrink=0.75, label=f"cosine of the gradients (colours end at ±{limit:.1f})")
+    figure.colorbar(image, ax=axes, shrink=0.75, label=f"cosine (colours end at ±{limit:.1f})")
     labels = [names[index] for index in order]
     _label_ticks(axes, labels)
     if count <= _MAX_VALUES:
@@ -67,7 +67,7 @@ def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequ
     start = 0
     for group in sorted(set(groups)):
         size = list(groups).count(group)
-        axes.add_patch(Rectangle((start - 0.5, start - 0.5), size, size, fill=False, lw=1.8, ec=_COLOURS[group % 8]))
+        axes.add_patch(Rectangle((start - 0.5, start - 0.5), size, size, fill=False, lw=2.0, ec="black"))
         start += size
     axes.set_title("Which datasets pull together (blue) and which conflict (red)\nboxes: groups", fontsize=10)
     _save(figure, path)

@@ -16,9 +16,9 @@ import yaml
 from merit_hf.cards import merged_model_card
 from merit_hf.checkpoint import atomic_folder, weights_sha256
 from merit_hf.config import ConfigError, MeritError
-from merit_hf.hub import fetch_model, resolve_model
+from merit_hf.hub import resolve_model
 from merit_hf.manifest import failed, hash_files, read_manifest, verify_checkpoint, write_manifest
-from merit_hf.merge import MERGEKIT_CONFIG_NAME, Engine, MergeStats, merge_into, model_reference
+from merit_hf.merge import MERGEKIT_CONFIG_NAME, MergeStats, merge_into, model_reference
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.versions import library_versions
 
@@ -31,7 +31,7 @@ def merge_groups(
     output: str | Path,
     *,
     base: str | Path | None = None,
-    engine: Engine = "safetensors",
+    engine: str = "safetensors",
     weights: str | Path = "tokens",
     out_dtype: str | None = None,
     exclude: Sequence[int] = (),
@@ -57,7 +57,7 @@ def merge_groups(
     chosen = _chosen_groups(plan, checkpoints, exclude, allow_missing)
     numbers = sorted(chosen)
     values = _weights_of(plan, numbers, weights)
-    folder = _base_folder(plan, base)
+    folder = plan.base_folder() if base is None else _locate(base, "base")
     with atomic_folder(Path(output)) as part:
         for number in numbers:
             _verify(plan, chosen[number])
@@ -151,17 +151,6 @@ def _verify(plan: PartitionPlan, folder: Path) -> None:
         )
 
 
-def _base_folder(plan: PartitionPlan, base: str | Path | None) -> Path:
-    if base is not None:
-        return _locate(base, "base")
-    local = plan.local.get("base")
-    if local and Path(local).is_dir():
-        return Path(local)
-    if plan.base["repo_id"]:
-        return fetch_model(plan.base["repo_id"], plan.base["revision"])
-    raise ConfigError("the plan's base was a local folder and is not on this machine. Say where it is: base=…")
-
-
 def _verify_base(plan: PartitionPlan, folder: Path) -> None:
     found, expected = weights_sha256(folder), plan.base["weights_sha256"]
     if found != expected:
@@ -182,7 +171,7 @@ def _merged_manifest(
     plan: PartitionPlan,
     folders: Mapping[int, Path],
     values: Sequence[float],
-    engine: Engine,
+    engine: str,
     stats: MergeStats,
     part: Path,
 ) -> dict[str, Any]:

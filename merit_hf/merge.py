@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -24,7 +24,6 @@ from merit_hf.average import FLOATS, Average, Checkpoint, align, dtype_name
 from merit_hf.checkpoint import ShardWriter, TensorInfo, atomic_folder, read_model_config, side_files
 from merit_hf.config import ConfigError, MeritError
 
-Engine = Literal["safetensors", "mergekit"]
 MERGEKIT_CONFIG_NAME = "mergekit_config.yml"
 _OUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -72,7 +71,7 @@ def merge_checkpoints(
     weights: Sequence[float],
     output: str | Path,
     out_dtype: str | None = None,
-    engine: Engine = "safetensors",
+    engine: str = "safetensors",
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeStats:
@@ -84,7 +83,8 @@ def merge_checkpoints(
         weights (`Sequence[float]`): one a checkpoint, positive.
         output (`str` or `Path`): new folder. Work goes on in `output.part`; a finished folder is complete.
         out_dtype (`str`, *optional*): `float32`, `bfloat16` or `float16`. Default: each tensor's dtype in the base.
-        engine: `safetensors` streams the mean in float64; `mergekit` lets mergekit compute it, and checks its result.
+        engine (`str`, *optional*, defaults to `"safetensors"`): `safetensors` streams the mean in float64;
+            `mergekit` lets mergekit compute it, and checks its result.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): of an output file.
         progress (`Callable`, *optional*): called after each tensor with tensors done and in all.
 
@@ -103,7 +103,7 @@ def merge_into(
     checkpoints: Sequence[str | Path],
     weights: Sequence[float],
     out_dtype: str | None = None,
-    engine: Engine = "safetensors",
+    engine: str = "safetensors",
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeStats:

@@ -17,7 +17,13 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf.config import ConfigError, MeritError
@@ -79,9 +85,9 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path, **overrides: Any)
     return args
 
 
-def identity_fields(args: SFTConfig, num_processes: int = 1) -> dict[str, Any]:
-    """The fields of `args` that decide the trained weights, as plain JSON values."""
-    fields = {name: _plain(getattr(args, name)) for name in IDENTITY_FIELDS}
+def identity_fields(args: TrainingArguments, num_processes: int = 1) -> dict[str, Any]:
+    """The fields of `args` that decide the trained weights, as plain JSON values; all of them of an SFTConfig."""
+    fields = {name: _plain(getattr(args, name)) for name in IDENTITY_FIELDS if hasattr(args, name)}
     # `1` and `1.0` are the same setting and must be the same JSON.
     fields |= {name: float(fields[name]) for name in _FLOATS}
     # Without a data seed of its own, the order of the examples comes from the seed.

@@ -149,6 +149,13 @@ def _group_args(
             f"accumulation × {num_processes} processes is {per_device * accumulation * num_processes}. Choose "
             f"{' and '.join('sft.' + name for name in BATCH_FIELDS)} so that the product is {effective}."
         )
+    planned_device = plan.sft.get("device_batch_size", per_device * num_processes)
+    if per_device * num_processes != planned_device:
+        raise ConfigError(
+            f"the plan drops what does not fill a batch of {planned_device} (sft.dataloader_drop_last); "
+            f"sft.per_device_train_batch_size={per_device} × {num_processes} processes is "
+            f"{per_device * num_processes}. Choose them so that the product is {planned_device}."
+        )
     args = build_args(sft, part)
     if args.max_steps > 0:
         args.max_steps = plan.group(group).num_steps

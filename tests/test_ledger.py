@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from tiny import make_mixture
 from torch import nn
 
-from merit_hf.config import ConfigError
+from merit_hf.config import ConfigError, MeritConfig
 from merit_hf.ledger import TokenLedger, replay
 from merit_hf.manifest import read_manifest
 from merit_hf.plan import PartitionPlan
+from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
 from merit_hf.sft import build_args
 from merit_hf.training import train_group
 
-# overrides of tiny_config; every group has 22 rows, so that 4 rows a step leave 2 for the last step of an epoch
+# 22 rows: at 4 a step, 2 are left for the last step of an epoch
 TRAININGS: dict[str, list[str]] = {
     "one epoch": [],
     "several epochs": ["sft.num_train_epochs=3"],
@@ -43,7 +45,7 @@ TRAININGS: dict[str, list[str]] = {
         "sft.packing=true", "sft.max_length=48", "sft.per_device_train_batch_size=1", "sft.num_train_epochs=1.4",
     ],
     "packing by cutting": ["sft.packing=true", "sft.packing_strategy=wrapped", "sft.max_length=32"],
-    "padding-free": ["sft.padding_free=true", "sft.num_train_epochs=1.5"],
+    "padding-free": ["sft.padding_free=true", "sft.max_length=null", "sft.num_train_epochs=1.5"],
     "in order": ["sft.train_sampling_strategy=sequential", "sft.num_train_epochs=0.6"],
     "shuffled beforehand": ["sft.shuffle_dataset=true", "sft.num_train_epochs=0.6"],
     "a data seed": ["sft.data_seed=7", "sft.num_train_epochs=0.6"],
@@ -51,14 +53,41 @@ TRAININGS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", TRAININGS.values(), ids=TRAININGS)
+@pytest.fixture(scope="module")
+def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CONFIG of one group of two tasks, nothing held out."""
+    path = make_mixture(tmp_path_factory.mktemp("small"), ("copy", "count"), count=11)
+    content = yaml.safe_load(path.read_text())
+    for entry in content["datasets"]:
+        entry.pop("eval_path")
+        entry["eval_fraction"] = 0.0
+    content["plan"] = {"split": "joint"}
+    content["sft"].update(save_strategy="no", include_num_input_tokens_seen="non_padding")
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def make_plan(config: Path, folder: Path, *overrides: str) -> PartitionPlan:
+    return MeritPlanner(MeritConfig.from_yaml(config, overrides), Progress(quiet=True)).plan(folder)
+
+
+FAST = {"epochs and a part", "max_steps, less than an epoch", "accumulation, part of an epoch", "packing, part of an epoch",
+        "drop_last with accumulation", "padding-free", "in order"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(overrides, id=name, marks=[] if name in FAST else [pytest.mark.slow])
+        for name, overrides in TRAININGS.items()
+    ],
+)
 def test_a_training_processes_what_the_plan_replayed(
-    overrides: list[str], make_plan: Callable[..., PartitionPlan], tmp_path: Path
+    overrides: list[str], small_config: Path, tmp_path: Path
 ) -> None:
-    plan = make_plan("plan.split=random", "sft.save_strategy='no'", *overrides)
+    plan = make_plan(small_config, tmp_path / "plan", *overrides)
     group = plan.group(0)
-    placement = {"include_num_input_tokens_seen": "non_padding"}
-    manifest = read_manifest(train_group(plan, 0, tmp_path / "0", placement, progress=Progress(quiet=True)))
+    manifest = read_manifest(train_group(plan, 0, tmp_path / "0", progress=Progress(quiet=True)))
 
     assert manifest["num_input_tokens"] == group.train_input_tokens
     assert manifest["num_loss_tokens"] == group.train_loss_tokens
@@ -70,32 +99,24 @@ def test_a_training_processes_what_the_plan_replayed(
         assert trainer_state["num_input_tokens_seen"] == group.train_input_tokens
 
 
-def test_whole_epochs_are_multiples_and_parts_are_not(make_plan: Callable[..., PartitionPlan]) -> None:
-    one, three = make_plan("plan.split=random", "sft.save_strategy='no'"), make_plan(
-        "plan.split=random", "sft.save_strategy='no'", "sft.num_train_epochs=3"
-    )
-    part = make_plan("plan.split=random", "sft.save_strategy='no'", "sft.num_train_epochs=2.3")
-    for first, third, middle in zip(one.groups, three.groups, part.groups, strict=True):
-        assert first.train_input_tokens == first.num_input_tokens
-        assert first.train_loss_tokens == first.num_loss_tokens
-        assert third.train_input_tokens == 3 * first.train_input_tokens
-        assert third.num_steps == 3 * first.num_steps == 18
-        assert middle.num_steps == 14
-        assert 2 * first.train_input_tokens < middle.train_input_tokens < 3 * first.train_input_tokens
+def test_whole_epochs_are_multiples_and_parts_are_not(small_config: Path, tmp_path: Path) -> None:
+    first = make_plan(small_config, tmp_path / "1").group(0)
+    third = make_plan(small_config, tmp_path / "3", "sft.num_train_epochs=3").group(0)
+    part = make_plan(small_config, tmp_path / "part", "sft.num_train_epochs=2.3").group(0)
+    assert (first.train_input_tokens, first.train_loss_tokens) == (first.num_input_tokens, first.num_loss_tokens)
+    assert (third.train_input_tokens, third.num_steps) == (3 * first.train_input_tokens, 18)
+    assert part.num_steps == 14
+    assert 2 * first.train_input_tokens < part.train_input_tokens < 3 * first.train_input_tokens
 
 
-def test_max_steps_is_the_mixtures_and_shared_by_tokens(make_plan: Callable[..., PartitionPlan]) -> None:
-    plan = make_plan("plan.split=random", "sft.save_strategy='no'", "sft.max_steps=17")
-    assert sum(group.num_steps for group in plan.groups) == 17
+@pytest.mark.parametrize("max_steps", [2, 7, 8])
+def test_max_steps_is_the_mixtures_and_shared_by_tokens(max_steps: int, tiny_config: Path, tmp_path: Path) -> None:
+    plan = make_plan(tiny_config, tmp_path / "plan", "plan.split=random", f"sft.max_steps={max_steps}")
+    assert sum(group.num_steps for group in plan.groups) == max_steps == plan.sft["max_steps"]
     total = sum(group.num_input_tokens for group in plan.groups)
     for group in plan.groups:
-        assert abs(group.num_steps - 17 * group.num_input_tokens / total) <= 0.5
+        assert abs(group.num_steps - max_steps * group.num_input_tokens / total) < 1
         assert plan.group_sft(group.group)["max_steps"] == group.num_steps
-    assert plan.sft["max_steps"] == 17
-
-
-def test_merge_weights_are_shares_of_the_replayed_tokens(make_plan: Callable[..., PartitionPlan]) -> None:
-    plan = make_plan("plan.split=random", "sft.save_strategy='no'", "sft.max_steps=7")
     total = sum(group.train_input_tokens for group in plan.groups)
     assert [group.weight for group in plan.groups] == [group.train_input_tokens / total for group in plan.groups]
 
