@@ -25,7 +25,6 @@ from merit_hf.manifest import group_manifest, hash_files, write_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.sft import chat_template_sha256, identity_fields
 
-
 _BATCH_CURES = {
     "effective_batch_size": "Make per_device_train_batch_size × gradient_accumulation_steps × processes that product",
     "device_batch_size": "With dataloader_drop_last, make per_device_train_batch_size × processes that product",
@@ -113,13 +112,13 @@ class MeritCallback(TrainerCallback, ExportableState):
 
         def save_with_manifest(output_dir: str | None = None, _internal_call: bool = False) -> None:
             save_model(output_dir, _internal_call)
-            self._write(trainer, Path(output_dir or trainer.args.output_dir))
+            self._write(trainer, Path(output_dir or str(trainer.args.output_dir)))
 
         def write_card(*args: Any, **kwargs: Any) -> None:
-            self._write_card(trainer, Path(trainer.args.output_dir), self._manifest(trainer))
+            self._write_card(trainer, Path(str(trainer.args.output_dir)), self._manifest(trainer))
 
-        trainer.save_model = save_with_manifest
-        trainer.create_model_card = write_card
+        trainer.save_model = save_with_manifest  # type: ignore[method-assign]
+        trainer.create_model_card = write_card  # type: ignore[method-assign]
         return trainer
 
     def _manifest(self, trainer: Trainer) -> dict[str, Any]:
@@ -209,7 +208,8 @@ class MeritCallback(TrainerCallback, ExportableState):
     def _totals_before(self, state: TrainerState, args: TrainingArguments) -> dict[str, int] | None:
         if state.global_step == 0:
             return None
-        kept = (state.stateful_callbacks or {}).get(type(self).__name__, {}).get("attributes", {})
+        stored: Any = state.stateful_callbacks or {}
+        kept = stored.get(type(self).__name__, {}).get("attributes", {})
         if kept.get("group_sha256") != self.plan.group(self.group).group_sha256:
             raise MeritError(
                 f"group {self.group}: the checkpoint to resume from (step {state.global_step}) was not trained under "

@@ -99,13 +99,12 @@ def save_pca_scatter(
             edgecolor="white", label=f"group {group}",
         )  # fmt: skip
     if len(names) <= _MAX_LABELS:
-        _annotate(axes, x, y, names)
+        _annotate(figure, axes, x, y, names)
     axes.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
     axes.axvline(0, color="#bbbbbb", lw=0.8, zorder=0)
     axes.margins(0.14)
-    for number, label in enumerate((axes.set_xlabel, axes.set_ylabel)):
-        share = f" ({explained[number]:.0%} of the variance)" if number < len(explained) else ""
-        label(f"conflict axis {number + 1}{share}")
+    axes.set_xlabel(_axis_label(0, explained))
+    axes.set_ylabel(_axis_label(1, explained))
     axes.set_title("The datasets on the main axes of conflict (area: tokens)", fontsize=10)
     axes.legend(loc="best", fontsize=8, markerscale=0.6, ncols=1 + len(set(groups)) // 9)
     _save(figure, path)
@@ -130,6 +129,11 @@ def save_group_sizes(names: Sequence[str], groups: Sequence[int], num_input_toke
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("input tokens in one pass")
     _save(figure, path)
+
+
+def _axis_label(axis: int, explained: Sequence[float]) -> str:
+    share = f" ({explained[axis]:.0%} of the variance)" if axis < len(explained) else ""
+    return f"conflict axis {axis + 1}{share}"
 
 
 def _display_order(matrix: np.ndarray, groups: Sequence[int]) -> np.ndarray:
@@ -158,12 +162,10 @@ def _label_ticks(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_yticks(range(len(labels)), labels, fontsize=size)
 
 
-def _annotate(axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
+def _annotate(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
     """Names beside their points, each moved to the first free place around it."""
-    figure = axes.figure
     axes.margins(0.14)
-    figure.canvas = FigureCanvasAgg(figure)
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
     to_pixels = axes.transData.transform(np.column_stack([x, y]))
     taken: list[tuple[float, float, float, float]] = []
     places = ((9, -3), (9, 9), (9, -15), (-9, -3), (-9, 9), (-9, -15), (9, 21), (-9, 21), (9, -27), (-9, -27))

@@ -35,6 +35,12 @@ def batch_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[
     return batches
 
 
+def trained_model(trainer: SFTTrainer) -> torch.nn.Module:
+    """The module whose parameters the trainer changes."""
+    assert trainer.model is not None
+    return trainer.model
+
+
 def trained_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """The parameters that SFT will change, by name, each tied one once."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -59,7 +65,7 @@ def dataset_gradient(
     lengths = [len(ids) for ids in rows["input_ids"]]
     by_example = reduction == "example_mean"
     batches = [[i] for i in range(len(rows))] if by_example else batch_by_tokens(lengths, tokens_per_batch)
-    model = trainer.model
+    model = trained_model(trainer)
     model.zero_grad(set_to_none=True)
     total_loss, num_loss_tokens, num_terms = 0.0, 0, 0
     for indices in batches:

@@ -124,13 +124,12 @@ def verify_checkpoint(plan: PartitionPlan, folder: str | Path) -> list[Check]:
     folder = Path(folder)
     manifest = read_manifest(folder)
     kind, number = manifest.get("kind"), manifest.get("group")
+    known = isinstance(number, int) and 0 <= number < plan.num_groups
     checks = [
         _check("kind", "group", kind),
-        _check(
-            "group", f"0 to {plan.num_groups - 1}", number, isinstance(number, int) and 0 <= number < plan.num_groups
-        ),
+        _check("group", f"0 to {plan.num_groups - 1}", number, known),
     ]
-    if not all(check.ok for check in checks):
+    if not isinstance(number, int) or not all(check.ok for check in checks):
         return checks
     planned = plan.group(number)
     base = manifest.get("base", {})

@@ -96,7 +96,8 @@ def measure_gradients(
         return sum(job.load() is not None for job in jobs)
 
     worker.wait(until=lambda: num_done() == len(jobs), alive=num_done)
-    return [readout for job in jobs if (readout := job.load()) is not None], time.monotonic() - start
+    done_now = [job.load() for job in jobs]
+    return [readout for readout in done_now if readout is not None], time.monotonic() - start
 
 
 def _sample(dataset: PreparedDataset, section: PlanSection) -> datasets.Dataset:

@@ -152,10 +152,10 @@ def prepare_mixture(
                 dropped[dataset.name] = f"none of its {len(dataset.train)} examples has a loss token"
     for name, reason in dropped.items():
         progress.note(f"left out `{name}`: {reason}")
-    for dataset in prepared:
-        if dataset.num_dropped or dataset.num_truncated:
+    for ready in prepared:
+        if ready.num_dropped or ready.num_truncated:
             progress.note(
-                f"{dataset.name}: {dataset.num_truncated} examples cut to sft.max_length={args.max_length}, "
-                f"{dataset.num_dropped} dropped for want of a loss token"
+                f"{ready.name}: {ready.num_truncated} examples cut to sft.max_length={args.max_length}, "
+                f"{ready.num_dropped} dropped for want of a loss token"
             )
     return prepared, dropped

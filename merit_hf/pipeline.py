@@ -56,14 +56,13 @@ def run_all(
     progress = progress or Progress()
     namespace = (config.hub.namespace or current_user()) if config.hub.push else None
     plan = MeritPlanner(config, progress).plan(output / "plan")
-    launch = {"num_processes": num_processes, "accelerate_config": accelerate_config, "progress": progress}
     groups = [output / "groups" / str(group.group) for group in plan.groups]
-    train_groups(plan, range(plan.num_groups), groups, **launch)
+    train_groups(plan, range(plan.num_groups), groups, (), num_processes, accelerate_config, progress)
     joint_model = None
     if joint:
         joint_plan = MeritPlanner(_joint(config), progress).plan(output / "joint" / "plan")
         joint_model = output / "joint" / "groups" / "0"
-        train_groups(joint_plan, [0], [joint_model], **launch)
+        train_groups(joint_plan, [0], [joint_model], (), num_processes, accelerate_config, progress)
     merged = output / "merged"
     if not merged.exists():
         with progress.stage("Merging", unit="tensors") as stage:

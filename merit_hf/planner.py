@@ -81,7 +81,11 @@ class MeritPlanner:
         folder, base, tokenizer = self._resolve_base(chat_template)
         inputs = self._inputs(base, args, loaded)
         if output.exists():
-            return _finished(output, canonical_sha256(inputs), self._published_config())
+            finished = _finished(output, canonical_sha256(inputs), self._published_config())
+            if self.worker.is_main:
+                # A kill between the rename and the clean-up leaves it.
+                shutil.rmtree(part, ignore_errors=True)
+            return finished
         part.mkdir(parents=True, exist_ok=True)
 
         model = load_model(folder, args)

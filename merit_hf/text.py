@@ -33,7 +33,7 @@ class Markdown(str):
 
 
 def one_line(value: Any, max_length: int = MAX_LENGTH) -> str:
-    """`value` as one line: runs of white space, control and direction characters become one space; long text is cut."""
+    """`value` as one line: white space, control and direction characters become one space; long text is cut."""
     # The joiners belong to the spelling of several scripts; every other invisible character can only disguise.
     text = "".join(c if unicodedata.category(c)[0] not in "CZ" or c in "\u200c\u200d" else " " for c in str(value))
     text = " ".join(text.split())

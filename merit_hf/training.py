@@ -69,9 +69,13 @@ def train_group(
     state = PartialState(cpu=None)
     progress = progress or Progress(quiet=not state.is_main_process)
     check_processes(state.num_processes, num_processes)
-    if output.exists():
-        return _finished(plan, group, output)
     part = output.with_name(output.name + ".part")
+    if output.exists():
+        finished = _finished(plan, group, output)
+        if state.is_main_process:
+            # A kill between the rename and the clean-up leaves it.
+            shutil.rmtree(part, ignore_errors=True)
+        return finished
     args = _group_args(plan, group, part, placement or {}, state.num_processes)
     if state.is_main_process:
         _discard_stale(part, planned.group_sha256)
