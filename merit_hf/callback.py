@@ -9,6 +9,7 @@ token ledger, across processes and restarts. Every save and every push carries m
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ _BATCH_CURES = {
     "effective_batch_size": "Make per_device_train_batch_size × gradient_accumulation_steps × processes that product",
     "device_batch_size": "With dataloader_drop_last, make per_device_train_batch_size × processes that product",
 }
+
+
+# A script that trains group after group on one model object would go on from the group before.
+_trained_models: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 class MeritCallback(TrainerCallback, ExportableState):
@@ -69,8 +74,16 @@ class MeritCallback(TrainerCallback, ExportableState):
         self._check_settings(args)
         self._check_base(model, kwargs.get("processing_class"))
         self._check_data(trainer)
+        before = self._totals_before(state, args)
+        if before is None and model in _trained_models:
+            raise MeritError(
+                f"group {self.group}: this model has been trained already, so it is not the base any more. Load the "
+                "base anew for every group."
+            )
+        _trained_models.add(model)
         self._finished = False
-        self.ledger.start(model, self._totals_before(state, args))
+        self.final_loss = next((float(log["loss"]) for log in reversed(state.log_history) if "loss" in log), None)
+        self.ledger.start(model, before)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,6 +114,12 @@ class MeritCallback(TrainerCallback, ExportableState):
         self.totals = self.ledger.total()
         self.ledger.stop()
         self._finished = state.global_step == self.plan.group(self.group).num_steps
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A push while training takes the weights of the new checkpoint, and everything else from the output folder.
+        self._write(self._attach(), Path(str(args.output_dir)))
 
     def _attach(self) -> Trainer:
         """Let every save and card of the calling trainer carry ours."""
@@ -165,7 +184,7 @@ class MeritCallback(TrainerCallback, ExportableState):
                 f"{self.plan.base['chat_template_sha256'][:12]}. Use the base's own tokenizer, or plan again."
             )
         source = str(getattr(model.config, "_name_or_path", ""))
-        if Path(source).is_dir():
+        if source and Path(source).is_dir():
             found = weights_sha256(Path(source))
             if found != self.plan.base["weights_sha256"]:
                 raise MeritError(

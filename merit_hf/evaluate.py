@@ -50,7 +50,7 @@ def evaluate_models(
     """
     progress = progress or Progress()
     base = plan.base_folder()
-    args = build_args(plan.config["sft"], "unused")
+    args = build_args(plan.config["sft"])
     tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
     specs, root = plan_specs(plan, plan.names)
     loaded, _ = read_mixture(specs, root, args, progress)

@@ -96,10 +96,12 @@ def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
 
 
 def hash_files(folder: str | Path) -> dict[str, str]:
-    """{name: sha256} of the files that make a checkpoint: not its card, its manifest, or trainer state."""
+    """{name: sha256} of the files that make a checkpoint: not its card, its manifest, trainer state, or dot files."""
     hashes = {}
     for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and path.name not in (MANIFEST_NAME, "README.md", *TRAINER_STATE):
+        # The Hub adds .gitattributes; a dot file is no part of a model.
+        is_part = path.name not in (MANIFEST_NAME, "README.md", *TRAINER_STATE) and not path.name.startswith(".")
+        if path.is_file() and is_part:
             with open(path, "rb") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
@@ -124,7 +126,7 @@ def verify_checkpoint(plan: PartitionPlan, folder: str | Path) -> list[Check]:
     folder = Path(folder)
     manifest = read_manifest(folder)
     kind, number = manifest.get("kind"), manifest.get("group")
-    known = isinstance(number, int) and 0 <= number < plan.num_groups
+    known = type(number) is int and 0 <= number < plan.num_groups
     checks = [
         _check("kind", "group", kind),
         _check("group", f"0 to {plan.num_groups - 1}", number, known),
@@ -132,18 +134,17 @@ def verify_checkpoint(plan: PartitionPlan, folder: str | Path) -> list[Check]:
     if not isinstance(number, int) or not all(check.ok for check in checks):
         return checks
     planned = plan.group(number)
-    base = manifest.get("base", {})
+    base, datasets = _mapping(manifest.get("base")), manifest.get("datasets")
+    members = [_mapping(member) for member in datasets] if isinstance(datasets, list) else []
     checks += [
         _check("status", "complete", manifest.get("status")),
         _check("group_sha256", planned.group_sha256, manifest.get("group_sha256")),
         _check("base weights", plan.base["weights_sha256"], base.get("weights_sha256")),
         _check("chat template", plan.base["chat_template_sha256"], base.get("chat_template_sha256")),
-        _check(
-            "datasets",
-            _names(plan, number),
-            {d.get("name"): d.get("fingerprint") for d in manifest.get("datasets", [])},
+        _check_mapping(
+            "datasets", _names(plan, number), {str(member.get("name")): member.get("fingerprint") for member in members}
         ),
-        _check("SFT settings", plan.group_sft(number), manifest.get("sft")),
+        _check_mapping("SFT settings", plan.group_sft(number), _mapping(manifest.get("sft"))),
         _check("num_steps", planned.num_steps, manifest.get("num_steps")),
         *_token_checks(plan, number, manifest),
         *_file_checks(folder, manifest),
@@ -184,7 +185,7 @@ def _token_checks(plan: PartitionPlan, number: int, manifest: dict[str, Any]) ->
 def _file_checks(folder: Path, manifest: dict[str, Any]) -> list[Check]:
     pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in _PICKLES and p.name not in TRAINER_STATE]
     checks = [_check("no pickled weights", "none", ", ".join(pickles) or "none")]
-    recorded = manifest.get("files", {})
+    recorded = _mapping(manifest.get("files"))
     found = hash_files(folder)
     missing = sorted(set(recorded) - set(found))
     changed = sorted(name for name in recorded if name in found and recorded[name] != found[name])
@@ -223,6 +224,22 @@ def _names(plan: PartitionPlan, number: int) -> dict[str, str]:
 
 def _check(name: str, expected: Any, found: Any, ok: bool | None = None) -> Check:
     return Check(name, _short(expected), _short(found), expected == found if ok is None else ok)
+
+
+def _check_mapping(name: str, expected: dict[str, Any], found: dict[str, Any]) -> Check:
+    """Of two mappings that differ, only what differs is shown."""
+    keys = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    shown = keys or sorted(expected)
+    return _check(
+        name,
+        {key: expected.get(key) for key in shown},
+        {key: found.get(key) for key in shown},
+        expected == found,
+    )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _short(value: Any) -> str:

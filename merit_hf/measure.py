@@ -57,13 +57,13 @@ def measure_gradients(
     """The read-out of every dataset, in order, and the seconds this call took.
 
     Read-outs in `folder` from an earlier try are kept where base, tokens, loss and read-out are the same. Several
-    workers of one launch share the rest; each returns when all are done.
+    workers of one launch share the rest; each returns when all are done. `folder` exists, until a worker that is done with
+    the plan removes it.
 
     Raises:
         ConfigError: the read-outs would not fit on the disk. MeritError: a gradient is not finite (names the dataset).
     """
     start = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
     parameters = [(name, parameter.numel()) for name, parameter in trained_parameters(model)]
     sketch = make_sketch(section.sketch, parameters, section.sketch_dim, section.stride, section.seed)
     _check_disk(len(prepared), sketch.dim, folder)
@@ -95,7 +95,7 @@ def measure_gradients(
     def num_done() -> int:
         return sum(job.load() is not None for job in jobs)
 
-    worker.wait(until=lambda: num_done() == len(jobs), alive=num_done)
+    worker.wait(until=lambda: num_done() == len(jobs) or not folder.exists(), alive=num_done)
     done_now = [job.load() for job in jobs]
     return [readout for readout in done_now if readout is not None], time.monotonic() - start
 
@@ -121,7 +121,7 @@ def _key(dataset: PreparedDataset, args: SFTConfig, section: PlanSection, weight
 
 def _check_disk(num_datasets: int, dim: int, folder: Path) -> None:
     """The read-outs lie on the disk twice for a moment: while planning, and in the plan."""
-    needed, free = 2 * 4 * num_datasets * dim, shutil.disk_usage(folder).free
+    needed, free = 2 * 4 * num_datasets * dim, shutil.disk_usage(folder.parent.parent).free
     if needed > 0.9 * free:
         raise ConfigError(
             f"{num_datasets} read-outs of {dim:,} numbers need {needed / 1e9:,.1f} GB on disk, {free / 1e9:,.1f} GB "

@@ -27,6 +27,9 @@ from merit_hf.tables import PlannedGroup as PlannedGroup
 SCHEMA_VERSION = 1
 PLAN_NAME = "plan.json"
 LOCAL_NAME = "local.json"
+# What plan.json holds of a plan; the tables hold the rest.
+_CONTENT = ("config", "base", "sft", "explained", "bounds", "skipped", "cost", "versions", "inputs_sha256")
+_COUNTS = ("num_examples", "num_input_tokens", "num_loss_tokens")
 
 
 @dataclass
@@ -78,7 +81,12 @@ class PartitionPlan:
             {
                 "schema_version": SCHEMA_VERSION,
                 "groups": [
-                    {"group_sha256": group.group_sha256, "train_input_tokens": group.train_input_tokens}
+                    {
+                        "group_sha256": group.group_sha256,
+                        "num_steps": group.num_steps,
+                        "train_input_tokens": group.train_input_tokens,
+                        "train_loss_tokens": group.train_loss_tokens,
+                    }
                     for group in self.groups
                 ],
             }
@@ -164,37 +172,22 @@ class PartitionPlan:
             ConfigError: no plan there. MeritError: its parts contradict each other or its recorded sha256.
         """
         folder, repo_id, sha = _locate(path, revision)
-        content = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))
-        if content.get("schema_version") != SCHEMA_VERSION:
-            raise MeritError(
-                f"{folder / PLAN_NAME}: schema_version {content.get('schema_version')}, expected {SCHEMA_VERSION}. "
-                "Use the merit_hf release that wrote it, or plan again."
-            )
+        content = _read_content(folder)
         local = folder / LOCAL_NAME
-        plan = cls(
-            datasets=tables.read_datasets(folder),
-            groups=tables.read_groups(folder),
-            local=json.loads(local.read_text(encoding="utf-8")) if local.exists() else {},
-            repo_id=repo_id,
-            revision=sha,
-            folder=folder,
-            **{
-                key: content[key]
-                for key in (
-                    "config",
-                    "base",
-                    "sft",
-                    "explained",
-                    "bounds",
-                    "skipped",
-                    "cost",
-                    "versions",
-                    "inputs_sha256",
-                )
-            },
-        )
-        plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches)
-        plan._check_identity(content["sha256"], folder)
+        try:
+            plan = cls(
+                datasets=tables.read_datasets(folder),
+                groups=tables.read_groups(folder),
+                local=json.loads(local.read_text(encoding="utf-8")) if local.exists() else {},
+                repo_id=repo_id,
+                revision=sha,
+                folder=folder,
+                **{key: content[key] for key in _CONTENT},
+            )
+            plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches)
+            plan._check_identity(content["sha256"], folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MeritError(f"{folder}: not a complete plan ({type(error).__name__}: {error}). Plan again.") from error
         return plan
 
     def push_to_hub(self, repo_id: str, private: bool = True) -> str:
@@ -211,12 +204,21 @@ class PartitionPlan:
         return open_sketches(path) if path is not None and path.exists() else None
 
     def _check_identity(self, recorded: str, folder: Path) -> None:
+        total = sum(group.train_input_tokens for group in self.groups)
         for group in self.groups:
-            expected = group_identity(self.base, self.members(group.group), self.group_sft(group.group))
+            members = self.members(group.group)
+            expected = group_identity(self.base, members, self.group_sft(group.group))
             if group.group_sha256 != expected:
                 raise MeritError(
                     f"{folder}: group {group.group} records {group.group_sha256[:12]}, its content gives "
-                    f"{expected[:12]}. "
+                    f"{expected[:12]}. The plan was changed by hand; plan again."
+                )
+            sums = {count: sum(getattr(member, count) for member in members) for count in _COUNTS}
+            found = {count: getattr(group, count) for count in _COUNTS}
+            names = [member.name for member in members]
+            if (group.datasets, found) != (names, sums) or abs(group.weight - group.train_input_tokens / total) > 1e-9:
+                raise MeritError(
+                    f"{folder}: groups.parquet says other things of group {group.group} than datasets.parquet. "
                     "The plan was changed by hand; plan again."
                 )
         if recorded != self.sha256:
@@ -250,6 +252,21 @@ def group_identity(base: dict[str, Any], members: Sequence[PlannedDataset], sft:
             "sft": sft,
         }
     )
+
+
+def _read_content(folder: Path) -> dict[str, Any]:
+    path = folder / PLAN_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MeritError(f"{path}: not valid JSON ({error}). Restore it, or plan again.") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise MeritError(
+            f"{path}: schema_version {version}, expected {SCHEMA_VERSION}. Use the merit_hf release that wrote it, or "
+            "plan again."
+        )
+    return content
 
 
 def _locate(path: str | Path, revision: str | None) -> tuple[Path, str | None, str | None]:

@@ -75,7 +75,7 @@ class MeritPlanner:
         output = Path(output)
         part = output.with_name(output.name + ".part")
         sft, chat_template = take_chat_template(self.config.sft, self.config.root)
-        args = build_args(sft, part / "trainer")
+        args = build_args(sft)
         loaded, skipped = read_mixture(self.config.datasets, self.config.root, args, self.progress)
         self._check_group_count(len(loaded), skipped)
         folder, base, tokenizer = self._resolve_base(chat_template)
@@ -86,14 +86,15 @@ class MeritPlanner:
                 # A kill between the rename and the clean-up leaves it.
                 shutil.rmtree(part, ignore_errors=True)
             return finished
-        part.mkdir(parents=True, exist_ok=True)
+        if self.worker.is_main:
+            (part / "gradients").mkdir(parents=True, exist_ok=True)
 
         model = load_model(folder, args)
         prepared, dropped = prepare_mixture(loaded, model, tokenizer, args, self.progress)
         self._check_group_count(len(prepared), skipped | dropped)
-        readouts, seconds = self._measure(prepared, model, tokenizer, args, base, part / "gradients")
+        readouts, seconds = self._measure(prepared, model, tokenizer, args, base, part / "gradients", output)
         if not self.worker.is_main:
-            self.worker.wait(until=output.exists, alive=lambda: 0.0)
+            self.worker.wait(until=output.exists)
             return PartitionPlan.from_pretrained(output)
         matrix_start = time.monotonic()
         sketches = [readout.sketch for readout in readouts]
@@ -167,9 +168,12 @@ class MeritPlanner:
         args: SFTConfig,
         base: dict[str, Any],
         folder: Path,
+        output: Path,
     ) -> tuple[list[GradientReadout], float]:
         if self.config.plan.split not in GRADIENT_SPLITS:
             return [], 0.0
+        # A process that is late finds the folder gone again, and the plan in its place.
+        self.worker.wait(until=lambda: folder.exists() or output.exists())
         return measure_gradients(
             prepared,
             model,
@@ -285,7 +289,13 @@ def first_difference(planned: Any, found: Any, key: str = "") -> str | None:
             if difference:
                 return difference
         return None
+    if isinstance(planned, list) and isinstance(found, list):
+        return first_difference(_by_name(planned), _by_name(found), key)
     return None if planned == found else f"{key}: {planned!r} there, {found!r} here"
+
+
+def _by_name(entries: list[Any]) -> dict[str, Any]:
+    return {entry["name"] if isinstance(entry, dict) else str(i): entry for i, entry in enumerate(entries)}
 
 
 def _save(plan: PartitionPlan, sketches: Sequence[np.ndarray], part: Path, output: Path) -> PartitionPlan:

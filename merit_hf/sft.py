@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import enum
 import hashlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ _OURS = {
 }
 
 
-def build_args(sft: Mapping[str, Any], output_dir: str | Path, **overrides: Any) -> SFTConfig:
-    """TRL's arguments from the `sft:` block.
+def build_args(sft: Mapping[str, Any], output_dir: str | Path | None = None, **overrides: Any) -> SFTConfig:
+    """TRL's arguments from the `sft:` block. Without `output_dir`, for what saves nothing.
 
     Where the block is silent: no reporting integration, and on a machine without an accelerator plain float32.
 
@@ -61,11 +62,17 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path, **overrides: Any)
     for field, cure in _OURS.items():
         if field in sft:
             raise ConfigError(f"sft.{field}={sft[field]!r} is set by merit itself. {cure}")
+    if "hub_token" in sft:
+        raise ConfigError(
+            "sft.hub_token: a plan is published with its CONFIG, which must hold no secret. Log in with `hf auth login`."
+        )
     if (sft.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
         raise ConfigError(
             "sft.dataset_kwargs.skip_prepare_dataset=true: merit reads the tokens that TRL prepares. Leave it out."
         )
     values: dict[str, Any] = {"report_to": "none", **sft, **overrides}
+    # A Trainer makes its output folder even if it never saves.
+    values["output_dir"] = str(output_dir or Path(tempfile.gettempdir(), "merit-unused"))
     if not torch.accelerator.is_available():
         values["use_cpu"] = True
         values.setdefault("bf16", False)
@@ -73,7 +80,7 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path, **overrides: Any)
     # transformers falls back on torch's global seed for the order of the examples; the plan pins it.
     values.setdefault("data_seed", values.get("seed", SFTConfig.seed))
     try:
-        args = SFTConfig(output_dir=str(output_dir), **values)
+        args = SFTConfig(**values)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"sft: {_one_line(error)}") from error
     if args.padding_free and not args.packing and args.max_length is not None:

@@ -67,14 +67,17 @@ class Worker:
         if self.world_size == 1:
             return True
         claims = folder / f"claims-{self.run}"
-        claims.mkdir(parents=True, exist_ok=True)
         try:
+            claims.mkdir(exist_ok=True)
             os.close(os.open(claims / item, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):
+            # Taken, or all of it is done and the folder is gone.
             return False
         return True
 
-    def wait(self, until: Callable[[], bool], alive: Callable[[], float], patience: float = 3600.0) -> None:
+    def wait(
+        self, until: Callable[[], bool], alive: Callable[[], float] = lambda: 0.0, patience: float = 3600.0
+    ) -> None:
         """Poll until `until()`; `alive()` is a figure that changes while the others get on.
 
         Raises:

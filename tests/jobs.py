@@ -89,6 +89,7 @@ def run_until_done(
     job = Job(function, arguments, folder / "log-last")
     code = job.wait()
     assert code == 0, f"exit {code}:\n{job.output}"
+    assert killed, "every run ended before its kill"
     return [*outputs, job.output], killed
 
 
