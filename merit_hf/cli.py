@@ -209,10 +209,19 @@ def _checkpoint(text: str) -> Path:
 
 def _print(*renderables: object) -> None:
     from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
 
     console = Console(soft_wrap=True)
     for renderable in renderables:
-        console.print(renderable, highlight=False, markup=False)
+        if isinstance(renderable, Table):
+            # A table is never cut: a pipe, or a narrow window, gets lines as long as its numbers need.
+            wide = Console(width=200)
+            needed = Measurement.get(wide, wide.options, renderable).maximum
+            wide.width = max(console.width, needed)
+            wide.print(renderable)
+        else:
+            console.print(renderable, highlight=False, markup=False)
 
 
 def _quiet() -> None:

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import torch
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -89,31 +90,24 @@ def save_evaluation(evaluation: dict[str, Any], folder: Path) -> Path:
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
-    """Datasets down, models across; each dataset's own group and the lowest loss stand out."""
+    """Datasets down, models across; bold is the lowest loss, underlined the dataset's own group."""
     labels = evaluation["models"]
-    table = Table(title=f"{evaluation['metric']} (lower is better)", title_justify="left")
-    table.add_column("dataset")
-    table.add_column("group", justify="right")
-    for label in labels:
-        table.add_column(label, justify="right")
+    table = Table(title=f"{evaluation['metric']} (lower is better; bold: lowest, underlined: own group)")
+    table.title_justify = "left"
+    table.add_column("dataset", no_wrap=True)
+    for label in ("group", *labels):
+        table.add_column(label, justify="right", no_wrap=True)
     for name, row in evaluation["datasets"].items():
         lowest = min(row["loss"].values())
         cells = []
         for label in labels:
-            text = f"{row['loss'][label]:.3f}"
-            own = label == f"group-{row['group']}"
-            text = f"[bold]{text}[/bold]" if row["loss"][label] == lowest else text
-            cells.append(f"[underline]{text}[/underline]" if own else text)
-        table.add_row(_plain(name), str(row["group"]), *cells)
+            style = "bold " if row["loss"][label] == lowest else ""
+            style += "underline" if label == f"group-{row['group']}" else ""
+            cells.append(Text(f"{row['loss'][label]:.3f}", style))
+        table.add_row(Text(name), str(row["group"]), *cells)
     table.add_section()
     table.add_row("mean", "", *(f"{evaluation['mean'][label]:.3f}" for label in labels))
     return table
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _held_out(

@@ -187,7 +187,7 @@ class PartitionPlan:
             plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches)
             plan._check_identity(content["sha256"], folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MeritError(f"{folder}: not a complete plan ({type(error).__name__}: {error}). Plan again.") from error
+            raise MeritError(f"{folder}: not a complete plan ({type(error).__name__}: {error}).") from error
         return plan
 
     def push_to_hub(self, repo_id: str, private: bool = True) -> str:

@@ -64,7 +64,7 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path | None = None, **o
             raise ConfigError(f"sft.{field}={sft[field]!r} is set by merit itself. {cure}")
     if "hub_token" in sft:
         raise ConfigError(
-            "sft.hub_token: a plan is published with its CONFIG, which must hold no secret. Log in with `hf auth login`."
+            "sft.hub_token: a plan is published with its CONFIG, so no secret belongs there. Use `hf auth login`."
         )
     if (sft.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
         raise ConfigError(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from merit_hf.evaluate import EVALUATION_NAME, evaluation_table
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
@@ -31,7 +31,7 @@ def plan_summary(plan: PartitionPlan) -> list[Any]:
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for group in plan.groups:
-        names = escape(", ".join(group.datasets))
+        names = Text(", ".join(group.datasets))
         table.add_row(
             str(group.group), names, f"{group.num_examples:,}", f"{group.train_input_tokens:,}", f"{group.weight:.3f}"
         )

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: one tiny base, built once, and a cache of tokenised data that is thrown away."""
+"""Fixtures that several test files share: a tiny base, built once, and a cache of tokenised data that is thrown away."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def make_plan(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     def make(*overrides: str) -> PartitionPlan:
         if overrides not in made:
             folder = tmp_path_factory.mktemp("plan") / "plan"
-            made[overrides] = MeritPlanner(MeritConfig.from_yaml(tiny_config, overrides), Progress(quiet=True)).plan(folder)
+            made[overrides] = MeritPlanner(MeritConfig.from_yaml(tiny_config, overrides), Progress(quiet=True)).plan(
+                folder
+            )
         return made[overrides]
 
     return make

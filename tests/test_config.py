@@ -1,4 +1,4 @@
-"""CONFIG: every mistake is one line that names file, key, value and the nearest valid choice, before anything loads."""
+"""CONFIG: a mistake is one line that names file, key, value and the nearest valid choice, before anything loads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PLAIN_ERRORS: dict[str, tuple[Any, list[str]]] = {
     ),
     "unknown key, nothing near": (changed(hub={"zzzz": 1}), ["`hub.zzzz`", "push", "namespace", "private"]),
     "unknown choice": (changed(plan={"split": "randm"}), ["plan.split", "'randm'", "`random`"]),
-    "unknown choice, nothing near": (changed(merge={"engine": "zzz"}), ["merge.engine", "'zzz'", "safetensors", "mergekit"]),
+    "unknown choice, nothing near": (changed(merge={"engine": "zzz"}), ["merge.engine", "'zzz'", "mergekit"]),
     "wrong type": (changed(plan={"num_samples": "many"}), ["plan.num_samples", "'many'", "str", "integer"]),
     "bool for an integer": (changed(plan={"seed": True}), ["plan.seed", "True", "bool", "integer"]),
     "integer for a bool": (changed(hub={"push": 1}), ["hub.push", "1", "int", "boolean"]),
@@ -69,7 +69,7 @@ PLAIN_ERRORS: dict[str, tuple[Any, list[str]]] = {
         changed(datasets=[*DATASETS, {"name": "math", "path": "other.jsonl"}]),
         ["datasets[0]", "datasets[2]", "`math`", "name"],
     ),
-    "more groups than datasets": (changed(plan={"num_groups": 3}), ["plan.num_groups", "3", "2 datasets", "to 2 or less"]),
+    "more groups than datasets": (changed(plan={"num_groups": 3}), ["plan.num_groups=3", "2 datasets", "to 2 or less"]),
     "joint with groups": (changed(plan={"split": "joint", "num_groups": 2}), ["plan.num_groups", "2", "joint", "1"]),
     "by_tag without tag": (
         changed(plan={"split": "by_tag"}, datasets=[DATASETS[0], {"name": "chat", "path": "c"}]),
@@ -103,7 +103,8 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     assert str(tmp_path) in refusal(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"base: \xff\xfe")
     message = refusal(tmp_path / "latin.yaml")
-    assert "latin.yaml" in message and "\n" not in message
+    assert "latin.yaml" in message
+    assert "\n" not in message
 
 
 OVERRIDE_ERRORS = {
@@ -146,8 +147,10 @@ def test_only_base_and_datasets_are_required_and_paths_refer_to_the_file(tmp_pat
     config = MeritConfig.from_yaml(write(tmp_path, VALID))
     assert config.root == tmp_path.resolve()
     assert "root" not in config.model_dump()
-    assert config.merge.engine == "safetensors" and config.merge.weights == "tokens"
-    assert config.hub.push is False and config.hub.private is True
+    assert config.merge.engine == "safetensors"
+    assert config.merge.weights == "tokens"
+    assert config.hub.push is False
+    assert config.hub.private is True
     assert config.sft == {}
 
 
@@ -169,7 +172,8 @@ def test_the_number_of_groups_follows_from_the_split(plan: dict[str, Any], count
 )  # fmt: skip
 def test_values_are_yaml_and_1e_5_is_a_number(text: str, value: Any) -> None:
     parsed = parse_value(text)
-    assert parsed == value and type(parsed) is type(value)
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 SFT_ERRORS = {
@@ -188,7 +192,8 @@ SFT_ERRORS = {
 def test_sft_fields_are_held_against_trl(override: str, tmp_path: Path) -> None:
     path = write(tmp_path, VALID)
     message = refusal(path, (override,))
-    assert "\n" not in message and message.startswith(str(path))
+    assert "\n" not in message
+    assert message.startswith(str(path))
     for part in SFT_ERRORS[override]:
         assert part in message, f"{part!r} is not in: {message}"
 
@@ -200,8 +205,10 @@ def test_sft_takes_what_trl_takes(tmp_path: Path) -> None:
         "  lr_scheduler_kwargs: {num_cycles: 0.5}, report_to: none, optim: adamw_torch, warmup_steps: 0.1}\n"
     )
     sft = MeritConfig.from_yaml(write(tmp_path, text)).sft
-    assert sft["learning_rate"] == 1e-5 and type(sft["learning_rate"]) is float
-    assert sft["max_length"] is None and sft["lr_scheduler_kwargs"] == {"num_cycles": 0.5}
+    assert sft["learning_rate"] == 1e-5
+    assert type(sft["learning_rate"]) is float
+    assert sft["max_length"] is None
+    assert sft["lr_scheduler_kwargs"] == {"num_cycles": 0.5}
 
 
 def test_mistakes_outside_sft_are_found_without_torch(tmp_path: Path) -> None:
@@ -223,7 +230,9 @@ def test_mistakes_outside_sft_are_found_without_torch(tmp_path: Path) -> None:
         "heavy = [m for m in ('torch', 'transformers', 'trl', 'datasets', 'numpy') if m in sys.modules]\n"
         "sys.stdout.write(json.dumps([caught, heavy]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(paths)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(paths)], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) == [len(paths), []]
 
 
@@ -243,6 +252,8 @@ def test_the_command_line_refuses_a_bad_config_at_once(command: str, tmp_path: P
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("merit: error: ") and "`num_groups`" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("merit: error: ")
+    assert "`num_groups`" in done.stderr
     assert done.stdout == "heavy=[]"
     assert [item.name for item in tmp_path.iterdir()] == ["mixture.yaml"]

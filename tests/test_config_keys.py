@@ -1,7 +1,7 @@
 """Every key of CONFIG does something: where it changes, so does what comes out.
 
-The keys are read off CONFIG's own classes, so that a new one without a case here fails. What a case compares never holds
-the CONFIG itself, which every plan repeats.
+The keys are read off CONFIG's own classes, so that a new one without a case here fails. What a case compares never
+holds the CONFIG itself, which every plan repeats.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
 from merit_hf.training import train_group
 
-SECTIONS = {"base": BaseSection, "datasets": DatasetSection, "plan": PlanSection, "merge": MergeSection, "hub": HubSection}
+SECTIONS = {
+    "base": BaseSection,
+    "datasets": DatasetSection,
+    "plan": PlanSection,
+    "merge": MergeSection,
+    "hub": HubSection,
+}
 KEYS = {f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields}
 QUIET = Progress(quiet=True)
 TASKS = ("copy", "reverse", "count", "first", "upper")
@@ -233,13 +239,18 @@ def test_keys_of_things_on_the_hub(hub: HubServer) -> None:
         for c in ("main", "other")
     ]
     entries[0]["default"] = True
-    files = {f"{c}-{s}.jsonl": json.dumps({"text": f"{c} {s}"}) + "\n" for c in ("main", "other") for s in ("train", "test")}
+    files = {
+        f"{c}-{s}.jsonl": json.dumps({"text": f"{c} {s}"}) + "\n" for c in ("main", "other") for s in ("train", "test")
+    }
     files["README.md"] = "---\n" + yaml.safe_dump({"configs": entries}) + "---\n"
     for name, text in files.items():
         api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id="org/rows", repo_type="dataset")
     old = api.repo_info("org/rows", repo_type="dataset").sha
     api.upload_file(
-        path_or_fileobj=b'{"text": "newer"}\n', path_in_repo="main-train.jsonl", repo_id="org/rows", repo_type="dataset"
+        path_or_fileobj=b'{"text": "newer"}\n',
+        path_in_repo="main-train.jsonl",
+        repo_id="org/rows",
+        repo_type="dataset",
     )
     shas = [
         api.upload_file(path_or_fileobj=text, path_in_repo="config.json", repo_id="org/base").oid
@@ -254,7 +265,8 @@ def test_keys_of_things_on_the_hub(hub: HubServer) -> None:
         [["newer"], None, new], [["other train"], None, new], [["main test"], None, new],
         [["main train"], None, old], [["newer"], ["main test"], new],
     ]  # fmt: skip
-    assert newest == ['{"v": 2}', "org/base", shas[1]] and pinned == ['{"v": 1}', "org/base", shas[0]]
+    assert newest == ['{"v": 2}', "org/base", shas[1]]
+    assert pinned == ['{"v": 1}', "org/base", shas[0]]
 
 
 PUSH_KEYS = ("hub.push", "hub.namespace", "hub.private")
@@ -271,7 +283,7 @@ for overrides in json.loads(sys.argv[2]):
 
 @pytest.mark.slow
 def test_keys_of_pushing(hub: HubServer, mixture: Path, tmp_path: Path) -> None:
-    """Nothing leaves the machine unless asked; then to the namespace named, or the token's owner, private unless said."""
+    """Nothing leaves the machine unless asked; then it goes to the namespace or the token's owner, in private."""
     small = tmp_path / "small.yaml"
     content = yaml.safe_load(mixture.read_text())
     content["base"]["model_name_or_path"] = str(mixture.parent / "base")
@@ -300,13 +312,16 @@ def test_keys_of_pushing(hub: HubServer, mixture: Path, tmp_path: Path) -> None:
 def test_an_identity_field_of_sft_changes_the_plan(planned: Callable[..., dict[str, Any]]) -> None:
     random = "plan.split=random"
     before, after = planned(random), planned(random, "sft.learning_rate=0.5")
-    assert before["sha256"] != after["sha256"] and after["sft"]["learning_rate"] == 0.5
+    assert before["sha256"] != after["sha256"]
+    assert after["sft"]["learning_rate"] == 0.5
 
 
 def test_a_placement_field_of_sft_changes_how_it_is_trained_but_not_the_plan(mixture: Path, tmp_path: Path) -> None:
     logs, shas = [], []
     for steps in (1, 2):
-        config = MeritConfig.from_yaml(mixture, ["plan.split=random", "plan.num_groups=5", f"sft.logging_steps={steps}"])
+        config = MeritConfig.from_yaml(
+            mixture, ["plan.split=random", "plan.num_groups=5", f"sft.logging_steps={steps}"]
+        )
         plan = MeritPlanner(config, QUIET).plan(tmp_path / f"plan-{steps}")
         folder = train_group(plan, 0, tmp_path / f"group-{steps}", progress=QUIET)
         state = json.loads((folder / "trainer_state.json").read_text())

@@ -22,11 +22,13 @@ def test_symmetric_with_a_unit_diagonal_and_within_bounds() -> None:
     values[4] = 2 * values[3]
     values[5] = -values[3]
     matrix = conflict_matrix(values)
-    assert matrix.dtype == np.float64 and matrix.shape == (9, 9)
+    assert matrix.dtype == np.float64
+    assert matrix.shape == (9, 9)
     assert np.array_equal(matrix, matrix.T)
     assert np.array_equal(np.diagonal(matrix), np.ones(9))
     assert np.abs(matrix).max() <= 1
-    assert matrix[3, 4] == pytest.approx(1, abs=1e-12) and matrix[3, 5] == pytest.approx(-1, abs=1e-12)
+    assert matrix[3, 4] == pytest.approx(1, abs=1e-12)
+    assert matrix[3, 5] == pytest.approx(-1, abs=1e-12)
 
 
 def test_planted_cosines() -> None:
@@ -129,7 +131,8 @@ def test_two_blocks_are_structure() -> None:
     signs = np.repeat([[1.0], [-1.0]], 4, axis=0)
     for seed in range(10):
         p = structure_p_value(conflict_matrix(planted(signs, [1.0], noise=1.0, seed=seed)), seed)
-        assert p is not None and p <= 0.05
+        assert p is not None
+        assert p <= 0.05
 
 
 def test_structure_is_not_judged_below_four_datasets_and_is_the_same_every_time() -> None:
@@ -154,7 +157,8 @@ def test_sketch_error_is_the_spectral_error_that_is_measured() -> None:
         CountSketch(k, 0).add(row, "w", torch.from_numpy(value))
     error = np.linalg.norm(conflict_matrix(sketches.numpy()) - conflict_matrix(values), 2)
     bound = sketch_error(40, k, "count_sketch")
-    assert bound is not None and 0.5 * bound < error < 1.25 * bound
+    assert bound is not None
+    assert 0.5 * bound < error < 1.25 * bound
 
 
 def test_axis_bounds() -> None:

@@ -40,7 +40,9 @@ SHAREGPT = [
     {"conversations": [{"from": "human", "value": r["prompt"]}, {"from": "gpt", "value": r["completion"]}]}
     for r in PAIRS
 ]
-SYSTEM = [{"messages": [{"role": "system", "content": "brief"}, *row["messages"], *row["messages"]]} for row in MESSAGES]
+SYSTEM = [
+    {"messages": [{"role": "system", "content": "brief"}, *row["messages"], *row["messages"]]} for row in MESSAGES
+]
 
 # rows, the format that TRL would call it
 FORMATS: dict[str, tuple[list[dict[str, Any]], str]] = {
@@ -125,7 +127,9 @@ def test_tokens_and_labels_are_those_of_plain_trl(
 def test_plain_columns_are_mapped(tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """`prompt:`, `completion:`, `messages:` and `text:` name columns; what else the file holds stays out."""
     args = build_args({"max_length": 64}, tmp_path / "ours")
-    questions = [{"question": r["prompt"], "answer": r["completion"], "text": "noise", "id": i} for i, r in enumerate(PAIRS)]
+    questions = [
+        {"question": r["prompt"], "answer": r["completion"], "text": "noise", "id": i} for i, r in enumerate(PAIRS)
+    ]
     loaded = load(write(tmp_path / "q.jsonl", questions), prompt="question", completion="answer")
     assert loaded.train.column_names == ["prompt", "completion"]
     assert loaded.fingerprint == load(write(tmp_path / "p.jsonl", PAIRS)).fingerprint
@@ -141,7 +145,9 @@ def test_plain_columns_are_mapped(tmp_path: Path, model: PreTrainedModel, tokeni
     assert tokens(prepare_dataset(bodies, model, tokenizer, args).train) == tokens(expected)
 
 
-def test_the_text_column_follows_sft(tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_text_column_follows_sft(
+    tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     args = build_args({"max_length": 64, "dataset_text_field": "body"}, tmp_path / "ours")
     path = write(tmp_path / "t.jsonl", [{"body": row["text"]} for row in TEXTS])
     loaded, _ = read_mixture([spec(path)], Path("/"), args, QUIET)
@@ -170,7 +176,9 @@ def test_the_fingerprint_is_of_the_rows_not_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     for rows in (PAIRS, CHATS, MESSAGES, TEXTS):
         suffixes = [".json", ".jsonl", ".parquet"] + ([".csv"] if rows in (PAIRS, TEXTS) else [])
-        places = [write(tmp_path / where / f"{len(str(rows))}{s}", rows) for s in suffixes for where in ("", "elsewhere")]
+        places = [
+            write(tmp_path / where / f"{len(str(rows))}{s}", rows) for s in suffixes for where in ("", "elsewhere")
+        ]
         assert len({load(path).fingerprint for path in places}) == 1
         columns_swapped = [dict(reversed(row.items())) for row in rows]
         assert load(write(tmp_path / "swapped.jsonl", columns_swapped)).fingerprint == load(places[0]).fingerprint
@@ -181,7 +189,8 @@ def test_the_fingerprint_sees_every_value_and_the_order() -> None:
     rows = datasets.Dataset.from_list(PAIRS)
     other = [*PAIRS[:5], {**PAIRS[5], "completion": PAIRS[5]["completion"] + " "}, *PAIRS[6:]]
     prints = {fingerprint(datasets.Dataset.from_list(r)) for r in (PAIRS, PAIRS[::-1], PAIRS[:-1], other)}
-    assert len(prints) == 4 and fingerprint(rows) in prints
+    assert len(prints) == 4
+    assert fingerprint(rows) in prints
     unicode = [{"text": "é 漢 \u2028 😀"}]
     assert len(fingerprint(datasets.Dataset.from_list(unicode))) == 64
 
@@ -241,7 +250,9 @@ def test_examples_longer_than_max_length_are_cut_counted_and_dropped_without_los
     assert (whole.num_truncated, whole.num_dropped, whole.counts.num_examples) == (0, 0, 6)
 
 
-def test_no_loss_token_left_anywhere(tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_no_loss_token_left_anywhere(
+    tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     rows = [as_chat({"prompt": "copy: " + "red " * 50, "completion": "red"})] * 3
     prepared = prepare(write(tmp_path / "rows.jsonl", rows), model, tokenizer, max_length=16)
     assert (prepared.counts.num_examples, prepared.counts.num_loss_tokens, prepared.num_dropped) == (0, 0, 3)
@@ -249,9 +260,12 @@ def test_no_loss_token_left_anywhere(tmp_path: Path, model: PreTrainedModel, tok
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("e.jsonl", ""), ("e.json", "[]"), ("e.csv", ""), ("h.csv", "prompt,completion\n"), ("e.parquet", None)]
+    ("name", "content"),
+    [("e.jsonl", ""), ("e.json", "[]"), ("e.csv", ""), ("h.csv", "prompt,completion\n"), ("e.parquet", None)],
 )
-def test_an_empty_dataset_is_left_out_and_said_so(name: str, content: str | None, tmp_path: Path, args: SFTConfig) -> None:
+def test_an_empty_dataset_is_left_out_and_said_so(
+    name: str, content: str | None, tmp_path: Path, args: SFTConfig
+) -> None:
     path = tmp_path / name
     if content is None:
         pq.write_table(pa.table({"prompt": pa.array([], pa.string()), "completion": pa.array([], pa.string())}), path)
@@ -298,7 +312,10 @@ def test_a_template_that_cannot_mask_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"prompt": "questoin", "completion": "answer"}, ["datasets.set.prompt", "'questoin'", "question, answer", "`question`"]),
+        (
+            {"prompt": "questoin", "completion": "answer"},
+            ["datasets.set.prompt", "'questoin'", "question, answer", "`question`"],
+        ),
         ({"prompt": "question"}, ["datasets.set", "`completion` is not given", "question, answer"]),
         ({"messages": "chat"}, ["datasets.set.messages", "'chat'", "question, answer"]),
         ({}, ["datasets.set", "no column", "question, answer", "`prompt:`"]),
@@ -336,8 +353,10 @@ def held_out_and_kept(rows: list[dict[str, Any]], fraction: float, name: str = "
 def test_held_out_rows_are_disjoint_stable_and_in_order() -> None:
     rows = [{"i": i} for i in range(100)]
     train, held_out = held_out_and_kept(rows, 0.2)
-    assert len(held_out) == 20 and sorted(train + held_out) == list(range(100))
-    assert train == sorted(train) and held_out == sorted(held_out)
+    assert len(held_out) == 20
+    assert sorted(train + held_out) == list(range(100))
+    assert train == sorted(train)
+    assert held_out == sorted(held_out)
     assert (train, held_out) == held_out_and_kept(rows, 0.2)
     assert held_out_and_kept(rows, 0.2, "other")[1] != held_out
     # Asking for more keeps what was held out before out of training.
@@ -355,9 +374,11 @@ def test_seeds_are_the_same_everywhere() -> None:
 def test_eval_rows_come_from_the_file_or_from_a_fraction(tmp_path: Path) -> None:
     train, held_out = write(tmp_path / "t.jsonl", PAIRS), write(tmp_path / "e.jsonl", task_rows("reverse", 3))
     with_file = load(train, eval_path=str(held_out), eval_fraction=0.5)
-    assert list(with_file.train) == PAIRS and list(with_file.eval) == task_rows("reverse", 3)
+    assert list(with_file.train) == PAIRS
+    assert list(with_file.eval) == task_rows("reverse", 3)
     by_fraction = load(train, eval_fraction=0.25)
-    assert len(by_fraction.train) == 9 and len(by_fraction.eval) == 3
+    assert len(by_fraction.train) == 9
+    assert len(by_fraction.eval) == 3
     assert not {str(row) for row in by_fraction.train} & {str(row) for row in by_fraction.eval}
     assert by_fraction.fingerprint != with_file.fingerprint
     mapped = write(tmp_path / "m.jsonl", [{"q": r["prompt"], "a": r["completion"]} for r in PAIRS])
@@ -365,7 +386,9 @@ def test_eval_rows_come_from_the_file_or_from_a_fraction(tmp_path: Path) -> None
     assert list(renamed.eval) == PAIRS
 
 
-def test_csv_cells_are_text(tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
+def test_csv_cells_are_text(
+    tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
+) -> None:
     """Answers that look like numbers, booleans or missing values are still answers."""
     rows = [
         {"prompt": "count: red", "completion": "007"},
@@ -398,4 +421,5 @@ def unpatched(model: PreTrainedModel) -> Iterator[None]:
 def test_counts_are_whole_numbers(tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     counts = prepare(write(tmp_path / "rows.jsonl", CHATS), model, tokenizer, max_length=64).counts
     assert counts.input_tokens.dtype == counts.loss_tokens.dtype == np.int64
-    assert type(counts.num_input_tokens) is int and type(counts.num_loss_tokens) is int
+    assert type(counts.num_input_tokens) is int
+    assert type(counts.num_loss_tokens) is int

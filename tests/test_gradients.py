@@ -146,7 +146,7 @@ def test_training_settings_of_the_batch_do_not_matter(
 def test_one_sgd_step_of_the_trainer_follows_minus_the_gradient(
     base_dir: Path, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, tmp_path: Path
 ) -> None:
-    """The planned gradient is the one that trainer.train() takes, through its own loop, batch of four times accumulated."""
+    """The planned gradient is the one that trainer.train() takes in its own loop, over four accumulated batches."""
     rows, rate = rows.select(range(16)), 0.5
     model = load_model(base_dir)
     names = [name for name, _ in sorted(trained_parameters(model))]
@@ -267,7 +267,8 @@ def test_batches_hold_the_budget_with_every_row_once() -> None:
 
 def test_samples_are_distinct_sorted_and_seeded() -> None:
     chosen = sample_indices(100, 20, seed=1)
-    assert len(set(chosen.tolist())) == 20 and chosen.tolist() == sorted(chosen.tolist())
+    assert len(set(chosen.tolist())) == 20
+    assert chosen.tolist() == sorted(chosen.tolist())
     assert np.array_equal(chosen, sample_indices(100, 20, seed=1))
     assert not np.array_equal(chosen, sample_indices(100, 20, seed=2))
     assert sample_indices(5, 20, seed=1).tolist() == [0, 1, 2, 3, 4]

@@ -151,7 +151,8 @@ def test_one_dataset_and_one_group() -> None:
     assert split_by_conflict(matrix_of(5, 0), [1] * 5, 1).tolist() == [0] * 5
     assert split_by_conflict(np.ones((3, 3)), [1, 1, 1], 3).tolist() == [0, 1, 2]
     coordinates, values = principal_axes(np.eye(1), 2)
-    assert coordinates.tolist() == [[0, 0]] and values.tolist() == [0]
+    assert coordinates.tolist() == [[0, 0]]
+    assert values.tolist() == [0]
 
 
 def test_datasets_that_the_matrix_holds_to_be_equal_are_cut_by_name() -> None:

@@ -74,14 +74,17 @@ def copy(plan: PartitionPlan, tmp_path: Path) -> Path:
 
 def test_a_saved_plan_loads_as_it_was(plan: PartitionPlan, tmp_path: Path) -> None:
     again = PartitionPlan.from_pretrained(plan.folder)
-    assert facts(again) == facts(plan) and again.local == plan.local and again.cost == plan.cost
+    assert facts(again) == facts(plan)
+    assert again.local == plan.local
+    assert again.cost == plan.cost
     plan.save_pretrained(tmp_path / "saved")
     saved = PartitionPlan.from_pretrained(tmp_path / "saved")
     assert facts(saved) == facts(plan)
     for name in ("data/datasets.parquet", "data/groups.parquet", "data/conflict.parquet"):
         assert pq.read_table(tmp_path / "saved" / name).equals(pq.read_table(plan.folder / name))
     recorded = json.loads((plan.folder / PLAN_NAME).read_text())
-    assert recorded["sha256"] == plan.sha256 and recorded["schema_version"] == 1
+    assert recorded["sha256"] == plan.sha256
+    assert recorded["schema_version"] == 1
 
 
 def test_what_the_plan_holds(plan: PartitionPlan) -> None:
@@ -97,7 +100,8 @@ def test_what_the_plan_holds(plan: PartitionPlan) -> None:
     assert sum(group.weight for group in plan.groups) == pytest.approx(1)
     assert all(d.num_sampled == 8 and d.num_examples == 10 and d.gradient_norm > 0 for d in plan.datasets)
     sketches = load_file(plan.folder / "sketches.safetensors")["sketches"]
-    assert sketches.dtype == np.float32 and sketches.shape == (4, 4096)
+    assert sketches.dtype == np.float32
+    assert sketches.shape == (4, 4096)
     assert np.array_equal(conflict_matrix(sketches), plan.conflict_matrix)
     assert np.array_equal(plan.load_sketches(), sketches)
 
@@ -115,7 +119,7 @@ def test_the_tables_are_readable_by_load_dataset_with_the_promised_columns(plan:
     for name in files:
         assert f"data/{name}.parquet" in str(files[name])
     columns = {
-        "datasets": "dataset group num_examples num_input_tokens num_loss_tokens gradient_norm coordinates repo_id revision",
+        "datasets": "dataset group num_examples num_input_tokens num_loss_tokens gradient_norm coordinates repo_id",
         "conflict": "dataset_a dataset_b cosine",
         "groups": "group datasets num_examples num_input_tokens num_loss_tokens weight",
     }
@@ -129,7 +133,13 @@ def test_the_tables_are_readable_by_load_dataset_with_the_promised_columns(plan:
 
 
 def test_only_local_json_knows_where_things_lie(plan: PartitionPlan, mixture: Path) -> None:
-    assert plan_files(plan.folder) >= {"README.md", PLAN_NAME, LOCAL_NAME, "sketches.safetensors", "data/groups.parquet"}
+    assert plan_files(plan.folder) >= {
+        "README.md",
+        PLAN_NAME,
+        LOCAL_NAME,
+        "sketches.safetensors",
+        "data/groups.parquet",
+    }
     assert any(name.startswith("figures/") and name.endswith(".png") for name in plan_files(plan.folder))
     needles = [str(mixture.parent).encode(), str(plan.folder.parent).encode(), mixture.parent.name.encode(), b".jsonl"]
     for name in sorted(plan_files(plan.folder) - {LOCAL_NAME}):
@@ -152,10 +162,16 @@ def test_a_plan_without_its_local_json_still_loads(copy: Path, plan: PartitionPl
 
 
 @pytest.mark.parametrize(
-    "field", ["cost", "versions", "bounds", "explained", "skipped", "local", "conflict_matrix", "config", "folder", "repo_id"]
+    "field",
+    ["cost", "versions", "bounds", "explained", "skipped", "local", "conflict_matrix", "config", "folder", "repo_id"],
 )
 def test_identity_ignores(field: str, plan: PartitionPlan) -> None:
-    other = {"conflict_matrix": None, "config": {**plan.config, "hub": {}}, "folder": Path("elsewhere"), "repo_id": "a/b"}
+    other = {
+        "conflict_matrix": None,
+        "config": {**plan.config, "hub": {}},
+        "folder": Path("elsewhere"),
+        "repo_id": "a/b",
+    }
     assert replace(plan, **{field: other.get(field, {"changed": 1})}).sha256 == plan.sha256
 
 
@@ -221,7 +237,8 @@ def test_a_changed_table_is_refused(table: str, column: str, value: Any, copy: P
     rewrite_table(copy / "data" / f"{table}.parquet", column, row, value)
     with pytest.raises(MeritError) as caught:
         PartitionPlan.from_pretrained(copy)
-    assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(copy) in str(caught.value)
 
 
 def tampered(content: dict[str, Any], key: str) -> dict[str, Any]:
@@ -244,7 +261,7 @@ def test_a_changed_plan_json_is_refused(key: str, copy: Path) -> None:
 
 
 def test_a_folder_that_is_no_plan_is_refused(tmp_path: Path, copy: Path) -> None:
-    with pytest.raises(ConfigError, match="no plan.json"):
+    with pytest.raises(ConfigError, match=r"no plan\.json"):
         PartitionPlan.from_pretrained(tmp_path)
     for damage in ("{", "[]", "{}"):
         (copy / PLAN_NAME).write_text(damage)
@@ -256,7 +273,8 @@ def test_a_folder_that_is_no_plan_is_refused(tmp_path: Path, copy: Path) -> None
 def test_a_finished_plan_is_returned_and_other_inputs_are_refused(mixture: Path, plan: PartitionPlan) -> None:
     stamp = (plan.folder / PLAN_NAME).stat().st_mtime_ns
     again = make_plan(mixture, plan.folder)
-    assert facts(again) == facts(plan) and (plan.folder / PLAN_NAME).stat().st_mtime_ns == stamp
+    assert facts(again) == facts(plan)
+    assert (plan.folder / PLAN_NAME).stat().st_mtime_ns == stamp
     for override, named in (
         ("plan.num_groups=3", "plan.num_groups: 2 there, 3 here"),
         ("plan.seed=5", "plan.seed: 0 there, 5 here"),
@@ -265,7 +283,8 @@ def test_a_finished_plan_is_returned_and_other_inputs_are_refused(mixture: Path,
     ):
         with pytest.raises(ConfigError, match=named) as caught:
             make_plan(mixture, plan.folder, override)
-        assert str(plan.folder) in str(caught.value) and "\n" not in str(caught.value)
+        assert str(plan.folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
     assert not plan.folder.with_name("plan.part").exists()
 
 
@@ -316,67 +335,65 @@ def test_the_sample_of_a_dataset_does_not_depend_on_the_others(
 def test_one_dataset_and_one_group(mixture: Path, tmp_path: Path) -> None:
     alone = edit(mixture, lambda content: (content.update(datasets=content["datasets"][:1]), content.pop("plan")))
     single = make_plan(alone, tmp_path / "single", "plan.sketch_dim=64", "plan.num_samples=4")
-    assert single.num_groups == 1 and single.groups[0].weight == 1.0
+    assert single.num_groups == 1
+    assert single.groups[0].weight == 1.0
     assert single.conflict_matrix.tolist() == [[1.0]]
     assert PartitionPlan.from_pretrained(single.folder).sha256 == single.sha256
     one = make_plan(mixture, tmp_path / "one", "plan.num_groups=1", "plan.num_samples=2")
-    assert one.num_groups == 1 and one.groups[0].datasets == sorted(TASKS)
+    assert one.num_groups == 1
+    assert one.groups[0].datasets == sorted(TASKS)
     joint = make_plan(mixture, tmp_path / "joint", "plan.split=joint", "plan.num_groups=null")
     assert joint.groups == one.groups and joint.sha256 == one.sha256, "K=1 is joint training"
-    assert joint.conflict_matrix is None and joint.load_sketches() is None
+    assert joint.conflict_matrix is None
+    assert joint.load_sketches() is None
+
+
+class Stopped(MeritPlanner):
+    """Stops when all gradients are there and the plan is not."""
+
+    def _axes(self, *args: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+
+class Watched(MeritPlanner):
+    """Notes when the read-outs were written, before the plan takes their place."""
+
+    part: Path
+    written: dict[str, int]
+
+    def _axes(self, *args: Any) -> dict[str, Any]:
+        self.written = {path.name: path.stat().st_mtime_ns for path in self.part.glob("*.npy")}
+        return super()._axes(*args)
 
 
 def test_a_second_run_continues_with_what_is_missing(mixture: Path, plan: PartitionPlan, tmp_path: Path) -> None:
     """As after a kill: read-outs of some datasets and no plan yet, one of them half-written."""
-    output = tmp_path / "plan"
-    config = MeritConfig.from_yaml(mixture, ["sft.max_length=64"])
-    (tmp_path / "plan.part").mkdir()
-    keep = tmp_path / "keep"
-
-    class Interrupted(Exception):
-        pass
-
-    class StopAtSave(MeritPlanner):
-        def _axes(self, *args: Any) -> dict[str, Any]:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        StopAtSave(config, QUIET).plan(output)
-    part = tmp_path / "plan.part" / "gradients"
-    shutil.copytree(part, keep)
+    output, part = tmp_path / "plan", tmp_path / "plan.part" / "gradients"
+    config = MeritConfig.from_yaml(mixture)
+    with pytest.raises(KeyboardInterrupt):
+        Stopped(config, QUIET).plan(output)
     readouts = sorted(part.glob("*.npy"))
-    assert len(readouts) == 4 and not output.exists()
+    assert len(readouts) == 4
+    assert not output.exists()
     readouts[0].unlink()
     readouts[1].with_suffix(".json").unlink()
     readouts[2].with_suffix(".json").write_text('{"key": "')
-    kept = {path.name: path.stat().st_mtime_ns for path in part.glob("*.npy")}[readouts[3].name]
-
-    class Watch(MeritPlanner):
-        def _axes(self, *args: Any) -> dict[str, Any]:
-            nonlocal_seen.update({path.name: path.stat().st_mtime_ns for path in part.glob("*.npy")})
-            return super()._axes(*args)
-
-    nonlocal_seen: dict[str, int] = {}
-    again = Watch(config, QUIET).plan(output)
+    before = {path.name: path.stat().st_mtime_ns for path in readouts[1:]}
+    planner = Watched(config, QUIET)
+    planner.part = part
+    again = planner.plan(output)
     assert facts(again) == facts(plan)
     assert np.array_equal(again.load_sketches(), plan.load_sketches())
-    assert nonlocal_seen[readouts[3].name] == kept, "what was there was measured again"
+    measured_again = [name for name, stamp in before.items() if planner.written[name] != stamp]
+    assert measured_again == [readouts[1].name, readouts[2].name]
     assert not (tmp_path / "plan.part").exists()
 
 
 def test_readouts_of_other_inputs_are_not_continued(mixture: Path, tmp_path: Path) -> None:
-    """A stale read-out in the work folder, made under another seed, changes nothing."""
+    """Stale read-outs in the work folder, made under another seed, change nothing."""
     clean = make_plan(mixture, tmp_path / "clean", "plan.num_samples=3")
-
-    class Interrupted(Exception):
-        pass
-
-    class StopAtSave(MeritPlanner):
-        def _axes(self, *args: Any) -> dict[str, Any]:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        StopAtSave(MeritConfig.from_yaml(mixture, ["plan.num_samples=3", "plan.seed=1"]), QUIET).plan(tmp_path / "plan")
+    with pytest.raises(KeyboardInterrupt):
+        Stopped(MeritConfig.from_yaml(mixture, ["plan.num_samples=3", "plan.seed=1"]), QUIET).plan(tmp_path / "plan")
     assert facts(make_plan(mixture, tmp_path / "plan", "plan.num_samples=3")) == facts(clean)
 
 
@@ -394,7 +411,8 @@ def test_what_cannot_be_trained_on_is_left_out_and_recorded(mixture: Path, tmp_p
     made = make_plan(config, tmp_path / "plan", "plan.num_samples=2")
     assert made.names == ["copy", "reverse"]
     assert set(made.skipped) == {"empty", "long"}
-    assert "no rows" in made.skipped["empty"] and "loss token" in made.skipped["long"]
+    assert "no rows" in made.skipped["empty"]
+    assert "loss token" in made.skipped["long"]
     with pytest.raises(ConfigError, match=r"3 groups, but only 2 datasets.*`empty`"):
         make_plan(config, tmp_path / "other", "plan.num_groups=3")
 
@@ -406,9 +424,10 @@ def test_a_missing_column_is_found_before_the_base_is_touched(tmp_path: Path) ->
     path = tmp_path / "mixture.yaml"
     entry = {"name": "math", "path": "rows.jsonl", "prompt": "questoin", "completion": "answer"}
     path.write_text(yaml.safe_dump({"base": {"model_name_or_path": "base"}, "datasets": [entry]}))
-    with pytest.raises(ConfigError, match="datasets.math.prompt='questoin'.*Did you mean `question`"):
+    with pytest.raises(ConfigError, match=r"datasets.math.prompt='questoin'.*Did you mean `question`"):
         make_plan(path, tmp_path / "plan")
-    assert not (tmp_path / "plan").exists() and not (tmp_path / "plan.part").exists()
+    assert not (tmp_path / "plan").exists()
+    assert not (tmp_path / "plan.part").exists()
     with pytest.raises(MeritError, match="base"):
         make_plan(path, tmp_path / "plan", "datasets.math.prompt=question")
 
@@ -417,12 +436,14 @@ def test_by_tag_kmeans_and_random_are_groups_too(mixture: Path, plan: PartitionP
     tagged = make_plan(mixture, tmp_path / "tag", "plan.split=by_tag", "plan.num_groups=null")
     assert [group.datasets for group in tagged.groups] == [["copy", "count"], ["first"], ["reverse"]]
     kmeans = make_plan(mixture, tmp_path / "kmeans", "plan.split=kmeans")
-    assert np.array_equal(kmeans.conflict_matrix, plan.conflict_matrix) and kmeans.num_groups == 2
+    assert np.array_equal(kmeans.conflict_matrix, plan.conflict_matrix)
+    assert kmeans.num_groups == 2
     random = [make_plan(mixture, tmp_path / f"r{seed}", "plan.split=random", f"plan.seed={seed}") for seed in range(3)]
     assert len({tuple(group.datasets[0] for group in made.groups) for made in random}) > 1
     for made in random:
         assert sorted(name for group in made.groups for name in group.datasets) == sorted(TASKS)
-        assert made.conflict_matrix is None and made.datasets[0].num_sampled == 0
+        assert made.conflict_matrix is None
+        assert made.datasets[0].num_sampled == 0
 
 
 def test_max_steps_is_the_budget_of_the_mixture(mixture: Path, tmp_path: Path) -> None:
@@ -434,32 +455,31 @@ def test_max_steps_is_the_budget_of_the_mixture(mixture: Path, tmp_path: Path) -
 
 
 def test_secrets_do_not_reach_the_plan(mixture: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="sft.hub_token") as caught:
+    with pytest.raises(ConfigError, match=r"sft\.hub_token") as caught:
         make_plan(mixture, tmp_path / "plan", "plan.split=random", "sft.hub_token=hf_verysecret")
     assert "verysecret" not in str(caught.value)
 
 
 # Where and how the same training runs. A new SFTConfig field belongs in one of the lists of merit_hf/sft.py or here.
-PLACEMENT = set(
-    """
-    output_dir bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs
-    gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
-    use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps auto_find_batch_size logging_strategy
-    logging_steps logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level
-    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
-    trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only
-    eval_on_start eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics
-    batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node save_total_limit
-    enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
-    hub_revision ignore_data_skip restore_callback_states_from_checkpoint full_determinism use_cpu
-    accelerator_config parallelism_config dataloader_num_workers dataloader_pin_memory
-    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
-    remove_unused_columns label_names length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb
-    ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug
-    skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint local_rank trust_remote_code
-    dataset_num_proc pad_to_multiple_of eval_packing activation_offloading pad_token
-    """.split()
-)
+_PLACEMENT = """
+output_dir bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs
+gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
+use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps auto_find_batch_size logging_strategy
+logging_steps logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level
+log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only
+eval_on_start eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics
+batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node save_total_limit
+enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
+hub_revision ignore_data_skip restore_callback_states_from_checkpoint full_determinism use_cpu
+accelerator_config parallelism_config dataloader_num_workers dataloader_pin_memory
+dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+remove_unused_columns label_names length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb
+ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug
+skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint local_rank trust_remote_code
+dataset_num_proc pad_to_multiple_of eval_packing activation_offloading pad_token
+"""
+PLACEMENT = set(_PLACEMENT.split())
 # Not in the identity themselves, because what they decide is: the tokens' digest, the template's and weights' hashes.
 BY_THEIR_EFFECT = {"chat_template_path", "dataset_text_field", "dataset_kwargs", "model_init_kwargs"}
 
@@ -482,7 +502,11 @@ def test_identity_fields_are_plain_json_and_placement_is_not_in_them(tmp_path: P
     placement = {"logging_steps": 3, "save_steps": 9, "dataloader_num_workers": 0, "pad_to_multiple_of": 8}
     assert identity(**placement) == default
     batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert identity(**batch) == identity(per_device_train_batch_size=8) == identity(gradient_accumulation_steps=8, per_device_train_batch_size=1)
+    assert (
+        identity(**batch)
+        == identity(per_device_train_batch_size=8)
+        == identity(gradient_accumulation_steps=8, per_device_train_batch_size=1)
+    )
     assert identity(learning_rate=1) == identity(learning_rate=1.0)
     for changed in (
         {"learning_rate": 1e-3}, {"seed": 7}, {"num_train_epochs": 2}, {"max_length": 9}, {"packing": True},
@@ -491,7 +515,8 @@ def test_identity_fields_are_plain_json_and_placement_is_not_in_them(tmp_path: P
     ):  # fmt: skip
         assert identity(**changed) != default, changed
     # The order of the examples follows from the seed unless it is given.
-    assert identity(seed=7)["data_seed"] == 7 and identity(seed=7, data_seed=8)["data_seed"] == 8
+    assert identity(seed=7)["data_seed"] == 7
+    assert identity(seed=7, data_seed=8)["data_seed"] == 8
 
 
 def test_another_base_or_template_is_another_plan(mixture: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_additive_over_shards_and_parameters(kind: str) -> None:
     for name in ("c", "a", "b"):
         sketch.add(in_place, name, tensors[name])
         cuts = [0, sizes[name] // 3, sizes[name] // 2 + 1, sizes[name]]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             sketch.add(in_shards, name, tensors[name][start:stop], offset=start)
     assert torch.allclose(in_place, whole, atol=1e-3)
     assert torch.allclose(in_shards, whole, atol=1e-3)
@@ -192,9 +193,9 @@ def test_stride_takes_every_sth_entry_of_all_parameters_by_name() -> None:
 
 def test_exact_is_the_gradient_itself() -> None:
     sketch = make_sketch("exact", [("b", 3), ("a", 2)], dim=16, stride=5, seed=0)
-    assert isinstance(sketch, StrideSketch) and sketch.dim == 5
+    assert isinstance(sketch, StrideSketch)
+    assert sketch.dim == 5
     out = torch.zeros(5)
     sketch.add(out, "b", torch.tensor([3.0, 4.0, 5.0]))
     sketch.add(out, "a", torch.tensor([1.0, 2.0]))
     assert out.tolist() == [1, 2, 3, 4, 5]
-

@@ -212,8 +212,8 @@ def positive(text: str) -> int:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make the quickstart's base checkpoint and datasets, offline.")
     parser.add_argument("--output", type=Path, default=HERE, help="folder for base/ and data/ (default: this one)")
-    parser.add_argument("--examples", type=positive, default=16, help="training examples a dataset (default: 16)")
-    parser.add_argument("--eval-examples", type=positive, default=5, help="held-out examples a dataset (default: 5)")
+    parser.add_argument("--examples", type=positive, default=10, help="training examples a dataset (default: 10)")
+    parser.add_argument("--eval-examples", type=positive, default=4, help="held-out examples a dataset (default: 4)")
     parser.add_argument("--datasets", nargs="+", choices=list(MAKERS), metavar="NAME", help="which (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="which examples, and in which order (default: 0)")
     return parser.parse_args()
