@@ -110,6 +110,7 @@ def merge(
     with exit_on_error(debug):
         _quiet()
         from merit_hf.group_merge import merge_groups
+        from merit_hf.manifest import read_manifest
         from merit_hf.plan import PartitionPlan
         from merit_hf.progress import Progress
         from merit_hf.summary import merge_summary
@@ -117,12 +118,12 @@ def merge(
         loaded = PartitionPlan.from_pretrained(plan)
         section = loaded.config["merge"]
         with Progress().stage("Merging", unit="tensors") as stage:
-            stats = merge_groups(
+            merge_groups(
                 loaded, [_checkpoint(text) for text in checkpoints], output, engine=engine or section["engine"],
                 weights=weights or section["weights"], out_dtype=out_dtype or section["out_dtype"],
                 exclude=tuple(exclude or ()), allow_missing=allow_missing, progress=stage.update,
             )  # fmt: skip
-        _print(merge_summary(stats))
+        _print(merge_summary(read_manifest(output)["stats"]))
         _print(
             f"The merged model is in {output}. Next: merit evaluate {output} --plan {plan} --output {output.parent}"
         )

@@ -102,7 +102,6 @@ def save_pca_scatter(
         _annotate(figure, axes, x, y, names)
     axes.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
     axes.axvline(0, color="#bbbbbb", lw=0.8, zorder=0)
-    axes.margins(0.14)
     axes.set_xlabel(_axis_label(0, explained))
     axes.set_ylabel(_axis_label(1, explained))
     axes.set_title("The datasets on the main axes of conflict (area: tokens)", fontsize=10)
@@ -164,10 +163,10 @@ def _label_ticks(axes: Axes, labels: Sequence[str]) -> None:
 
 def _annotate(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
     """Names beside their points, each moved to the first free place around it."""
-    axes.margins(0.14)
+    axes.margins(x=0.24, y=0.14)
     FigureCanvasAgg(figure).draw()
     to_pixels = axes.transData.transform(np.column_stack([x, y]))
-    taken: list[tuple[float, float, float, float]] = []
+    taken = [(px - 7, py - 7, px + 7, py + 7) for px, py in to_pixels]
     places = ((9, -3), (9, 9), (9, -15), (-9, -3), (-9, 9), (-9, -15), (9, 21), (-9, 21), (9, -27), (-9, -27))
     for index in np.argsort(-y, kind="stable"):
         px, py = to_pixels[index]

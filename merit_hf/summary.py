@@ -12,9 +12,11 @@ from rich.text import Text
 
 from merit_hf.evaluate import EVALUATION_NAME, evaluation_table
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
-from merit_hf.merge import MergeStats
 from merit_hf.pipeline import RunResult
 from merit_hf.plan import PartitionPlan
+
+# Beyond this share of the distance from the base, the rounding of the output is worth a word.
+MUCH_CAST_LOSS = 0.1
 
 
 def plan_summary(plan: PartitionPlan) -> list[Any]:
@@ -78,16 +80,22 @@ def verdict_sentence(plan: PartitionPlan) -> str:
     return first + f" The read-out's error turns axis 1 by at most sin(angle) = {angles[0]:.2f}."
 
 
-def merge_summary(stats: MergeStats) -> str:
-    """One line on how far the merged model moved."""
-    moved = ", ".join(f"{value:.3f}" for value in stats.group_displacements)
-    share = stats.cast_loss / stats.displacement if stats.displacement else 0.0
-    return (
-        f"Merged {stats.num_tensors} tensors ({stats.num_parameters:,} parameters) in {stats.seconds:.1f} s. "
-        "Distance from the base: "
-        f"{stats.displacement:.3f} (groups: {moved}); the final cast to {stats.out_dtype} loses "
-        f"{stats.cast_loss:.4f} of it ({share:.1%})."
+def merge_summary(stats: Mapping[str, Any]) -> str:
+    """How far the merged model moved, what the final cast loses, and the cure where that is much.
+
+    `stats`: as in the merged model's merit.json.
+    """
+    moved = ", ".join(f"{value:.3f}" for value in stats["group_displacements"])
+    share = stats["cast_loss"] / stats["displacement"] if stats["displacement"] else 0.0
+    text = (
+        f"Merged {stats['num_tensors']} tensors ({stats['num_parameters']:,} parameters). Distance from the base "
+        f"{stats['displacement']:.3f}, of the groups {moved}. The final cast changes it by {stats['cast_loss']:.4f} ({share:.1%})."
     )
+    if share > MUCH_CAST_LOSS:
+        text += (
+            " That rounds away much of what was learnt: keep it with merge.out_dtype=float32 (--out-dtype float32)."
+        )
+    return text
 
 
 def run_summary(result: RunResult, output: Path) -> list[Any]:
@@ -96,6 +104,7 @@ def run_summary(result: RunResult, output: Path) -> list[Any]:
     if result.evaluation is not None:
         lines.append(evaluation_table(result.evaluation))
         lines.append(f"Evaluation: {output / EVALUATION_NAME}")
+    lines.append(merge_summary(read_manifest(result.merged)["stats"]))
     lines.append(f"Plan:       {output / 'plan'}")
     lines.append(f"Groups:     {output / 'groups'}/0 … {result.plan.num_groups - 1}")
     if result.joint is not None:
