@@ -5,6 +5,7 @@ Metadata holds Hub ids only. What came from elsewhere (names, manifests) is show
 
 from __future__ import annotations
 
+import html
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,7 @@ def validate_card(text: str) -> None:
         raise MeritError(f"the card's metadata is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(metadata, dict):
         raise MeritError("the card does not begin with a mapping of metadata between two lines of ---.")
-    paths = find_local_paths(text)
+    paths = find_local_paths(html.unescape(text))
     if paths:
         raise MeritError(f"the card would show a path of this machine: {paths[0]}")
 

@@ -56,7 +56,7 @@ def merge_groups(
     """
     chosen = _chosen_groups(plan, checkpoints, exclude, allow_missing)
     numbers = sorted(chosen)
-    values = _weights_of(plan, numbers, weights)
+    values = group_weights(plan, numbers, weights)
     folder = plan.base_folder() if base is None else _locate(base, "base")
     with atomic_folder(Path(output)) as part:
         for number in numbers:
@@ -102,7 +102,8 @@ def _chosen_groups(
     return chosen
 
 
-def _weights_of(plan: PartitionPlan, numbers: Sequence[int], weights: str | Path) -> list[float]:
+def group_weights(plan: PartitionPlan, numbers: Sequence[int], weights: str | Path) -> list[float]:
+    """The weight of each group in `numbers`, not normalised; see [`merge_groups`] for `weights`."""
     groups = [plan.group(number) for number in numbers]
     if weights == "tokens":
         return [group.train_input_tokens for group in groups]

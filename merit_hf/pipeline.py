@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merit_hf.cards import merged_model_card
-from merit_hf.config import MeritConfig
-from merit_hf.evaluate import evaluate_models, save_evaluation
-from merit_hf.group_merge import merge_groups
+from merit_hf.config import ConfigError, MeritConfig
+from merit_hf.evaluate import EVALUATION_NAME, evaluate_models, save_evaluation
+from merit_hf.group_merge import group_weights, merge_groups
 from merit_hf.hub import current_user, push_folder
 from merit_hf.launch import train_groups
 from merit_hf.manifest import read_manifest
@@ -64,7 +65,10 @@ def run_all(
         joint_model = output / "joint" / "groups" / "0"
         train_groups(joint_plan, [0], [joint_model], (), num_processes, accelerate_config, progress)
     merged = output / "merged"
-    if not merged.exists():
+    if merged.exists():
+        _check_merged(config, plan, merged)
+    else:
+        (output / EVALUATION_NAME).unlink(missing_ok=True)
         with progress.stage("Merging", unit="tensors") as stage:
             merge_groups(
                 plan, groups, merged, engine=config.merge.engine, weights=_weights(config),
@@ -74,16 +78,53 @@ def run_all(
     models |= {f"group-{number}": folder for number, folder in enumerate(groups)} | {"merged": merged}
     evaluation = None
     if any(entry["eval_path"] or entry["eval_split"] or entry["eval_fraction"] for entry in plan.config["datasets"]):
-        evaluation = evaluate_models(plan, models, progress=progress)
-        save_evaluation(evaluation, output)
-        card = merged_model_card(plan, read_manifest(merged), (merged / MERGEKIT_CONFIG_NAME).read_text(), evaluation)
-        (merged / "README.md").write_text(card, encoding="utf-8")
+        evaluation = _load_evaluation(output, plan, list(models))
+        if evaluation is None:
+            evaluation = evaluate_models(plan, models, progress=progress)
+            recipe = (merged / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
+            card = merged_model_card(plan, read_manifest(merged), recipe, evaluation)
+            (merged / "README.md").write_text(card, encoding="utf-8")
+            save_evaluation(evaluation, output)
     pushed = _push(config, namespace, output, plan, groups, merged) if namespace else {}
     return RunResult(plan, groups, merged, joint_model, evaluation, pushed)
 
 
 def _joint(config: MeritConfig) -> MeritConfig:
     return config.model_copy(update={"plan": config.plan.model_copy(update={"split": "joint", "num_groups": None})})
+
+
+def _check_merged(config: MeritConfig, plan: PartitionPlan, merged: Path) -> None:
+    """A merged model of other settings is neither taken for this one's nor written over."""
+    manifest = read_manifest(merged)
+    values = group_weights(plan, range(plan.num_groups), _weights(config))
+    wanted = {
+        "plan": plan.sha256,
+        "merge.engine": config.merge.engine,
+        "merge.out_dtype": config.merge.out_dtype,
+        "merge.weights": [value / sum(values) for value in values],
+    }
+    found = {
+        "plan": manifest["plan"]["sha256"],
+        "merge.engine": manifest["engine"],
+        "merge.out_dtype": manifest["asked_out_dtype"],
+        "merge.weights": [group["weight"] for group in manifest["groups"]],
+    }
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise ConfigError(
+                f"{merged} was merged under other settings ({key}: {found[key]!r} there, {value!r} here). Give another "
+                "--output, or delete it."
+            )
+
+
+def _load_evaluation(output: Path, plan: PartitionPlan, labels: list[str]) -> dict[str, Any] | None:
+    """The evaluation of an earlier run, where it is of these models."""
+    try:
+        evaluation: dict[str, Any] = json.loads((output / EVALUATION_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = evaluation.get("plan_sha256") == plan.sha256 and evaluation.get("models") == labels
+    return evaluation if same else None
 
 
 def _weights(config: MeritConfig) -> str:

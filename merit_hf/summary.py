@@ -89,7 +89,8 @@ def merge_summary(stats: Mapping[str, Any]) -> str:
     share = stats["cast_loss"] / stats["displacement"] if stats["displacement"] else 0.0
     text = (
         f"Merged {stats['num_tensors']} tensors ({stats['num_parameters']:,} parameters). Distance from the base "
-        f"{stats['displacement']:.3f}, of the groups {moved}. The final cast changes it by {stats['cast_loss']:.4f} ({share:.1%})."
+        f"{stats['displacement']:.3f}, of the groups {moved}. The final cast changes it by {stats['cast_loss']:.4f} "
+        f"({share:.1%})."
     )
     if share > MUCH_CAST_LOSS:
         text += (

@@ -66,17 +66,15 @@ def train_group(
     """
     output = Path(output)
     planned = plan.group(group)
-    state = PartialState(cpu=None)
-    progress = progress or Progress(quiet=not state.is_main_process)
-    check_processes(state.num_processes, num_processes)
     part = output.with_name(output.name + ".part")
     if output.exists():
         finished = _finished(plan, group, output)
-        if state.is_main_process:
-            # A kill between the rename and the clean-up leaves it.
-            shutil.rmtree(part, ignore_errors=True)
+        # A kill between the rename and the clean-up leaves it.
+        shutil.rmtree(part, ignore_errors=True)
         return finished
-    args = _group_args(plan, group, part, placement or {}, state.num_processes)
+    args = _group_args(plan, group, part, placement or {}, num_processes)
+    state = PartialState()
+    progress = progress or Progress(quiet=not state.is_main_process)
     if state.is_main_process:
         _discard_stale(part, planned.group_sha256)
     state.wait_for_everyone()
@@ -130,7 +128,7 @@ def _finished(plan: PartitionPlan, group: int, output: Path) -> Path:
 
 
 def _group_args(
-    plan: PartitionPlan, group: int, part: Path, placement: Mapping[str, Any], num_processes: int
+    plan: PartitionPlan, group: int, part: Path, placement: Mapping[str, Any], asked_processes: int | None
 ) -> SFTConfig:
     fixed = sorted(set(placement) & set(IDENTITY_FIELDS))
     if fixed:
@@ -140,6 +138,9 @@ def _group_args(
             f"sft.{fixed[0]}={placement[fixed[0]]!r}."
         )
     sft = {"save_total_limit": 2, "disable_tqdm": True, **plan.config["sft"], **placement}
+    # The arguments of a Trainer decide how the processes find each other; only then is their number known.
+    num_processes = build_args(sft, part).world_size
+    check_processes(num_processes, asked_processes)
     effective = plan.sft["effective_batch_size"]
     # A smaller device batch, or more processes, are made up for by accumulation, and the other way round.
     per_device = sft.get("per_device_train_batch_size", SFTConfig.per_device_train_batch_size)
@@ -188,7 +189,10 @@ def _group_rows(
 def _discard_stale(part: Path, group_sha256: str) -> None:
     """Checkpoints of another plan or group are not resumed."""
     run = part / _RUN_NAME
-    kept = json.loads(run.read_text()).get("group_sha256") if run.exists() else None
+    try:
+        kept = json.loads(run.read_text())["group_sha256"]
+    except (OSError, ValueError, KeyError):
+        kept = None
     if kept != group_sha256:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

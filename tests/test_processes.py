@@ -39,10 +39,10 @@ class Watch(threading.Thread):
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
         self.folder, self.claims, self.versions = folder, set[str](), dict[str, set[int]]()
-        self._stop = threading.Event()
+        self._end = threading.Event()
 
     def run(self) -> None:
-        while not self._stop.is_set():
+        while not self._end.is_set():
             try:
                 self.claims |= {f"{path.parent.name}/{path.name}" for path in self.folder.glob("claims-*/*")}
                 for path in self.folder.glob("*.npy"):
@@ -52,7 +52,7 @@ class Watch(threading.Thread):
             time.sleep(0.002)
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._end.set()
         self.join()
 
     def __enter__(self) -> Watch:

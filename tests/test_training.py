@@ -184,12 +184,13 @@ def test_foreign_output_is_refused_and_kept(tiny_plan: PartitionPlan, tiny_group
         train_group(tiny_plan, 0, half, progress=QUIET)
 
 
+@pytest.mark.parametrize("run", ['{"group_sha256": "of another plan"}', '{"group_sh', ""], ids=["other", "half", "empty"])
 def test_checkpoints_of_another_plan_are_not_resumed(
-    make_plan: Callable[..., PartitionPlan], tiny_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path
+    run: str, tiny_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path
 ) -> None:
     part = tmp_path / "0.part"
     shutil.copytree(tiny_groups[1], part / "checkpoint-4")
-    (part / "run.json").write_text(json.dumps({"group_sha256": tiny_plan.group(1).group_sha256}))
+    (part / "run.json").write_text(run)
     folder = train_group(tiny_plan, 0, tmp_path / "0", progress=QUIET)
     assert (folder / "model.safetensors").read_bytes() == (tiny_groups[0] / "model.safetensors").read_bytes()
     assert read_manifest(folder)["num_input_tokens"] == tiny_plan.group(0).train_input_tokens
