@@ -65,6 +65,8 @@ def merge_groups(
         folders = [chosen[number] for number in numbers]
         stats = merge_into(part, folder, folders, values, out_dtype, engine, progress=progress)
         manifest = _merged_manifest(plan, dict(zip(numbers, folders, strict=True)), values, engine, stats, part)
+        # None is the base's own; `out_dtype` in the manifest is what that came to.
+        manifest["asked_out_dtype"] = out_dtype
         write_manifest(part, manifest)
         recipe = (part / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
         (part / "README.md").write_text(merged_model_card(plan, manifest, recipe), encoding="utf-8")

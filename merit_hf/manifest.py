@@ -201,7 +201,12 @@ def _file_checks(folder: Path, manifest: dict[str, Any]) -> list[Check]:
 
 
 def _tensor_check(folder: Path, base: Path) -> Check:
-    expected, found = read_tensor_index(base), read_tensor_index(folder)
+    expected = read_tensor_index(base)
+    stated = f"{len(expected)} named and shaped as in the base"
+    try:
+        found = read_tensor_index(folder)
+    except MeritError as error:
+        return Check("tensors", stated, str(error), False)
     wrong = [f"{name} is missing" for name in sorted(set(expected) - set(found))]
     wrong += [f"{name} is not in the base" for name in sorted(set(found) - set(expected))]
     wrong += [
@@ -210,12 +215,7 @@ def _tensor_check(folder: Path, base: Path) -> Check:
         if expected[name].shape != found[name].shape
     ]
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return Check(
-        "tensors",
-        f"{len(expected)} named and shaped as in the base",
-        "; ".join(wrong[:3]) + more or "the same",
-        not wrong,
-    )
+    return Check("tensors", stated, "; ".join(wrong[:3]) + more or "the same", not wrong)
 
 
 def _names(plan: PartitionPlan, number: int) -> dict[str, str]:

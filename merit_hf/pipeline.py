@@ -106,7 +106,7 @@ def _check_merged(config: MeritConfig, plan: PartitionPlan, merged: Path) -> Non
     found = {
         "plan": manifest["plan"]["sha256"],
         "merge.engine": manifest["engine"],
-        "merge.out_dtype": manifest["asked_out_dtype"],
+        "merge.out_dtype": manifest.get("asked_out_dtype"),
         "merge.weights": [group["weight"] for group in manifest["groups"]],
     }
     for key, value in wanted.items():

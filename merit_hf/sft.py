@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -143,8 +144,8 @@ def load_model(folder: str | Path, args: SFTConfig | None = None) -> PreTrainedM
     kwargs.setdefault("dtype", torch.float32)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
-    except (OSError, ValueError) as error:
-        raise MeritError(f"{folder}: the base cannot be loaded: {_one_line(error)}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise MeritError(f"{folder}: the model cannot be loaded: {_one_line(error)}") from error
     model.config.use_cache = False
     return model
 

@@ -1,6 +1,6 @@
 """Work in processes that may be killed: each is forked from a server that has imported torch once.
 
-    job = Job(train, [plan, 0, output, {}], log=tmp_path / "log"); job.kill_when(seconds=1.5); job.wait()
+job = Job(train, [plan, 0, output, {}], log=tmp_path / "log"); job.kill_when(seconds=1.5); job.wait()
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ class Job:
     """A function called in a process of its own, with its output in `log`."""
 
     def __init__(
-        self, function: Callable[..., None], arguments: Sequence[Any], log: Path, environment: dict[str, str] | None = None
+        self,
+        function: Callable[..., None],
+        arguments: Sequence[Any],
+        log: Path,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.log = log
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = _PATH
         try:
-            self._process = _context.Process(target=_run, args=(function, list(arguments), str(log), environment or {}))
+            self._process = _context.Process(
+                target=_run, args=(function, list(arguments), str(log), environment or {})
+            )
             self._process.start()
         finally:
             os.environ.pop("PYTHONPATH")
@@ -54,6 +60,14 @@ class Job:
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running after {seconds} s:\n{self.output}"
         return self._process.exitcode
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
 
     @property
     def output(self) -> str:

@@ -83,7 +83,9 @@ SCRIPTS: dict[str, Callable[..., Trainer]] = {"SFTTrainer": sft_script, "Trainer
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
-def trained(request: pytest.FixtureRequest, tiny_plan: PartitionPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    request: pytest.FixtureRequest, tiny_plan: PartitionPlan, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The output folder of a finished script."""
     output = tmp_path_factory.mktemp(request.param) / "run"
     trainer = SCRIPTS[request.param](tiny_plan, output)
@@ -133,7 +135,10 @@ def test_a_group_from_a_foreign_script_merges(
 
 # what is changed in the script, and what the refusal names
 SETTINGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "learning rate": ({"learning_rate": 2e-3}, r"group 0: learning_rate is 0\.002, planned 0\.001\. Set learning_rate"),
+    "learning rate": (
+        {"learning_rate": 2e-3},
+        r"group 0: learning_rate is 0\.002, planned 0\.001\. Set learning_rate",
+    ),
     "epochs": ({"num_train_epochs": 2}, r"num_train_epochs is 2.*planned 1"),
     "seed": ({"seed": 7}, r"data_seed is 7, planned 42"),
     "schedule": ({"lr_scheduler_type": "cosine"}, r"lr_scheduler_type is 'cosine', planned 'linear'"),
@@ -193,7 +198,9 @@ def row_content(row: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_the_order_of_the_rows_is_free(script: Callable[..., Trainer], tiny_plan: PartitionPlan, tmp_path: Path) -> None:
+def test_the_order_of_the_rows_is_free(
+    script: Callable[..., Trainer], tiny_plan: PartitionPlan, tmp_path: Path
+) -> None:
     rows = raw_rows(tiny_plan, 0)
     trainer = script(tiny_plan, tmp_path, rows.select(range(len(rows) - 1, -1, -1)), save_strategy="no")
     trainer.train()
@@ -220,7 +227,9 @@ def test_data_that_cannot_be_checked_are_refused(tiny_plan: PartitionPlan, tmp_p
 def test_another_base_is_refused(script: Callable[..., Trainer], tiny_plan: PartitionPlan, tmp_path: Path) -> None:
     other = make_base(tmp_path / "other", seed=1)
     elsewhere = dataclasses.replace(tiny_plan, local={**tiny_plan.local, "base": str(other)})
-    with pytest.raises(MeritError, match=r"group 0: the model in .*other has weights \w+, planned \w+\. Every group starts"):
+    with pytest.raises(
+        MeritError, match=r"group 0: the model in .*other has weights \w+, planned \w+\. Every group starts"
+    ):
         script(elsewhere, tmp_path / "run").train()
 
 
@@ -253,7 +262,9 @@ def test_a_model_from_nowhere_is_refused(tiny_plan: PartitionPlan, tmp_path: Pat
 def test_another_template_is_refused(script: Callable[..., Trainer], tiny_plan: PartitionPlan, tmp_path: Path) -> None:
     trainer = script(tiny_plan, tmp_path)
     trainer.processing_class.chat_template = "{{ messages }}"
-    with pytest.raises(MeritError, match=r"group 0: the chat template has sha256 \w+, planned \w+\. Use the base's own"):
+    with pytest.raises(
+        MeritError, match=r"group 0: the chat template has sha256 \w+, planned \w+\. Use the base's own"
+    ):
         trainer.train()
 
 
@@ -271,7 +282,9 @@ def test_an_unfinished_training_never_claims_to_be_complete(tiny_plan: Partition
 
 def test_evaluation_is_not_counted(tiny_plan: PartitionPlan, tmp_path: Path) -> None:
     model, tokenizer = load(tiny_plan.base_folder())
-    args = SFTConfig(output_dir=str(tmp_path), **{**SETTINGS, "max_length": 64, "eval_strategy": "steps", "eval_steps": 2})
+    args = SFTConfig(
+        output_dir=str(tmp_path), **{**SETTINGS, "max_length": 64, "eval_strategy": "steps", "eval_steps": 2}
+    )
     trainer = SFTTrainer(
         model, args=args, train_dataset=raw_rows(tiny_plan, 0), eval_dataset=raw_rows(tiny_plan, 1),
         processing_class=tokenizer, callbacks=[MeritCallback(tiny_plan, 0)],

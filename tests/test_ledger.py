@@ -82,9 +82,7 @@ FAST = {"epochs and a part", "max_steps, less than an epoch", "accumulation, par
         for name, overrides in TRAININGS.items()
     ],
 )
-def test_a_training_processes_what_the_plan_replayed(
-    overrides: list[str], small_config: Path, tmp_path: Path
-) -> None:
+def test_a_training_processes_what_the_plan_replayed(overrides: list[str], small_config: Path, tmp_path: Path) -> None:
     plan = make_plan(small_config, tmp_path / "plan", *overrides)
     group = plan.group(0)
     manifest = read_manifest(train_group(plan, 0, tmp_path / "0", progress=Progress(quiet=True)))

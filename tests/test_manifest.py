@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +91,12 @@ def test_only_the_setting_that_differs_is_shown(tiny_plan: PartitionPlan, checkp
 
 
 def test_another_kind_or_group_stops_there(tiny_plan: PartitionPlan, checkpoint: Path) -> None:
-    for changes, name in (({"kind": "merged"}, "kind"), ({"group": 2}, "group"), ({"group": None}, "group"), ({"group": True}, "group")):
+    for changes, name in (
+        ({"kind": "merged"}, "kind"),
+        ({"group": 2}, "group"),
+        ({"group": None}, "group"),
+        ({"group": True}, "group"),
+    ):
         shutil.copy(checkpoint / "merit.json", checkpoint / "kept")
         rewrite(checkpoint, **changes)
         assert list(failures(tiny_plan, checkpoint)) == [name], changes
@@ -194,7 +198,13 @@ def test_several_processes_may_repeat_rows_but_not_leave_any_out(tiny_plan: Part
 
 
 def test_nonsense_in_a_manifest_is_a_failed_check(tiny_plan: PartitionPlan, checkpoint: Path) -> None:
-    for changes in ({"base": None}, {"datasets": None}, {"datasets": ["a"]}, {"files": None}, {"num_processes": "two"}):
+    for changes in (
+        {"base": None},
+        {"datasets": None},
+        {"datasets": ["a"]},
+        {"files": None},
+        {"num_processes": "two"},
+    ):
         shutil.copy(checkpoint / "merit.json", checkpoint.parent / "kept")
         rewrite(checkpoint, **changes)
         assert bool(failures(tiny_plan, checkpoint)) is ("num_processes" not in changes), changes
@@ -217,7 +227,9 @@ def test_an_unreadable_manifest(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_a_merge_refuses_what_does_not_verify(tiny_plan: PartitionPlan, tiny_groups: list[Path], checkpoint: Path) -> None:
+def test_a_merge_refuses_what_does_not_verify(
+    tiny_plan: PartitionPlan, tiny_groups: list[Path], checkpoint: Path
+) -> None:
     rewrite(checkpoint, num_input_tokens=10**6)
     with pytest.raises(MeritError, match=r"does not verify: num_input_tokens is 1000000, expected"):
         merge_groups(tiny_plan, [checkpoint, tiny_groups[1]], checkpoint.parent / "merged")

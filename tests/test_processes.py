@@ -112,7 +112,9 @@ def test_two_planners_share_the_datasets(tmp_path: Path) -> None:
     assert again.wait() == 0, again.output
     plans = [PartitionPlan.from_pretrained(tmp_path / name) for name in ("plan", "alone")]
     assert plans[0].sha256 == plans[1].sha256
-    assert (tmp_path / "plan/sketches.safetensors").read_bytes() == (tmp_path / "alone/sketches.safetensors").read_bytes()
+    assert (tmp_path / "plan/sketches.safetensors").read_bytes() == (
+        tmp_path / "alone/sketches.safetensors"
+    ).read_bytes()
 
 
 def test_a_planner_that_comes_late_finds_the_plan(tmp_path: Path) -> None:

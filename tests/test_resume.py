@@ -127,7 +127,9 @@ def check_same_training(expected: Path, found: Path) -> None:
     # trainer_state.json holds speeds.
     assert contents(found, "trainer_state.json") == contents(expected, "trainer_state.json")
     assert read_manifest(found)["status"] == "complete"
-    histories = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (expected, found)]
+    histories = [
+        json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (expected, found)
+    ]
     ours, theirs = ([entry["loss"] for entry in history if "loss" in entry] for history in histories)
     assert ours == theirs
     assert not found.with_name(found.name + ".part").exists()
@@ -190,9 +192,7 @@ def test_a_training_killed_after_its_last_step(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_killed_merge(
-    seed: int, tiny_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path
-) -> None:
+def test_a_killed_merge(seed: int, tiny_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path) -> None:
     rng = random.Random(seed)
     expected, found = tmp_path / "expected", tmp_path / "merged"
     assert jobs.Job(jobs.merge, [tiny_plan.folder, tiny_groups, expected], tmp_path / "log").wait() == 0
@@ -226,7 +226,9 @@ def test_a_killed_merge(
 def test_a_killed_run(seed: int, slow_config: Path, uninterrupted: tuple[Path, float], tmp_path: Path) -> None:
     arguments = ["run", slow_config, "--output"]
     seconds, _ = timed(jobs.merit, [[*arguments, tmp_path / "expected"]], tmp_path / "log-expected")
-    outputs, killed = jobs.run_until_done(jobs.merit, [[*arguments, tmp_path / "run"]], tmp_path, seed, seconds, kills=4)
+    outputs, killed = jobs.run_until_done(
+        jobs.merit, [[*arguments, tmp_path / "run"]], tmp_path, seed, seconds, kills=4
+    )
     check_same_plan(tmp_path / "expected" / "plan", tmp_path / "run" / "plan")
     for number in range(2):
         check_same_training(tmp_path / "expected" / "groups" / str(number), tmp_path / "run" / "groups" / str(number))
