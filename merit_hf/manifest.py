@@ -141,9 +141,7 @@ def verify_checkpoint(plan: PartitionPlan, folder: str | Path) -> list[Check]:
         _check("group_sha256", planned.group_sha256, manifest.get("group_sha256")),
         _check("base weights", plan.base["weights_sha256"], base.get("weights_sha256")),
         _check("chat template", plan.base["chat_template_sha256"], base.get("chat_template_sha256")),
-        _check_mapping(
-            "datasets", _names(plan, number), {str(member.get("name")): member.get("fingerprint") for member in members}
-        ),
+        _check_mapping("datasets", _names(plan, number), {str(m.get("name")): m.get("fingerprint") for m in members}),
         _check_mapping("SFT settings", plan.group_sft(number), _mapping(manifest.get("sft"))),
         _check("num_steps", planned.num_steps, manifest.get("num_steps")),
         *_token_checks(plan, number, manifest),

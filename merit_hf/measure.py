@@ -57,8 +57,7 @@ def measure_gradients(
     """The read-out of every dataset, in order, and the seconds this call took.
 
     Read-outs in `folder` from an earlier try are kept where base, tokens, loss and read-out are the same. Several
-    workers of one launch share the rest; each returns when all are done. `folder` exists, until a worker that is done with
-    the plan removes it.
+    workers of one launch share the rest; each returns when all are done. `folder` exists until the plan is finished.
 
     Raises:
         ConfigError: the read-outs would not fit on the disk. MeritError: a gradient is not finite (names the dataset).

@@ -112,8 +112,8 @@ def _check_merged(config: MeritConfig, plan: PartitionPlan, merged: Path) -> Non
     for key, value in wanted.items():
         if found[key] != value:
             raise ConfigError(
-                f"{merged} was merged under other settings ({key}: {found[key]!r} there, {value!r} here). Give another "
-                "--output, or delete it."
+                f"{merged} was merged under other settings ({key}: {found[key]!r} there, {value!r} here). Give "
+                "another --output, or delete it."
             )
 
 

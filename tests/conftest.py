@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a tiny base, built once, and a cache of tokenised data that is thrown away."""
+"""Fixtures that several test files share: a tiny base, plan and groups, and a cache that is thrown away."""
 
 from __future__ import annotations
 

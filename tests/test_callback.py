@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def test_every_save_carries_manifest_and_card(trained: Path, tiny_plan: Partitio
         before = manifest["num_input_tokens"]
         assert "group 0" in (folder / "README.md").read_text().lower()
         check = failed(verify_checkpoint(tiny_plan, folder))
-        assert check is not None and check.name == "status"
+        assert check is not None
+        assert check.name == "status"
     assert before == planned.train_input_tokens
     card = (trained / "README.md").read_text()
     assert "group 0" in card.lower()
@@ -322,12 +324,30 @@ def test_one_model_object_does_not_train_two_groups(tiny_plan: PartitionPlan, tm
     """The second group would start from the first one's weights."""
     trainer = sft_script(tiny_plan, tmp_path, save_strategy="no")
     trainer.train()
+    tokenizer = trainer.processing_class
     again = SFTTrainer(
-        trainer.model, args=trainer.args, train_dataset=raw_rows(tiny_plan, 1), processing_class=trainer.processing_class,
+        trainer.model, args=trainer.args, train_dataset=raw_rows(tiny_plan, 1), processing_class=tokenizer,
         callbacks=[MeritCallback(tiny_plan, 1)],
     )  # fmt: skip
     with pytest.raises(MeritError, match=r"group 1: this model has been trained already.*Load the base anew"):
         again.train()
+
+
+def test_the_script_in_the_readme(make_plan: Callable[..., PartitionPlan], tmp_path: Path) -> None:
+    plan = make_plan("plan.split=random", "sft.use_cpu=true", "sft.bf16=false", "sft.report_to=none")
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (script,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "MeritCallback(" in block]
+    assert len(script.strip().splitlines()) <= 12
+    files = [plan.local["datasets"][name]["path"] for name in plan.group(0).datasets]
+    for pattern, here in (
+        (r'"runs/plan"', plan.folder), (r"\[\"data/.*?\]", files), (r'"runs/groups/0"', tmp_path / "0"),
+        (r'SFTTrainer\("[^"]*"', plan.base_folder()),
+    ):  # fmt: skip
+        text = repr(here if isinstance(here, list) else str(here))
+        script, count = re.subn(pattern, ("SFTTrainer(" if "Trainer" in pattern else "") + text, script)
+        assert count == 1, pattern
+    exec(compile(script, "README.md", "exec"), {})
+    assert failed(verify_checkpoint(plan, tmp_path / "0")) is None
 
 
 PUSH = """
@@ -336,9 +356,8 @@ from pathlib import Path
 from merit_hf import PartitionPlan
 from test_callback import SCRIPTS
 script, plan, output = sys.argv[1:]
-trainer = SCRIPTS[script](
-    PartitionPlan.from_pretrained(plan), Path(output), push_to_hub=True, hub_model_id="alice/group-0", hub_always_push=True
-)
+hub = {"push_to_hub": True, "hub_model_id": "alice/group-0", "hub_always_push": True}
+trainer = SCRIPTS[script](PartitionPlan.from_pretrained(plan), Path(output), **hub)
 trainer.train()
 trainer.push_to_hub()
 """

@@ -172,13 +172,13 @@ def wrong_calls(road: Path) -> dict[str, tuple[list[object], str]]:
         "group name": (["train", plan, "--group", "one", *out], "a number from 0 to 1, or `all`"),
         "no such group": (["train", plan, "--group", "7", *out], "the plan has groups 0 to 1"),
         "negative group": (["train", plan, "--group", "-1", *out], "--group -1"),
-        "identity override": (["train", plan, "sft.learning_rate=1", "--group", "0", *out], "part of the plan's identity"),
+        "identity override": (["train", plan, "sft.seed=1", "--group", "0", *out], "part of the plan's identity"),
         "no sft prefix": (["train", plan, "logging_steps=1", "--group", "0", *out], "expected sft.KEY=VALUE"),
         "output taken": (["train", plan, "--group", "0", "--output", groups[1]], "is not group 0 of this plan"),
         "no accelerate config": (
             ["train", plan, "--group", "0", *out, "--accelerate-config", "none.yaml"], "no such file",
         ),
-        "merge with a group missing": (["merge", plan, groups[0], *out], "1 of 2 groups given, no checkpoint of group 1"),
+        "a group missing": (["merge", plan, groups[0], *out], "1 of 2 groups given, no checkpoint of group 1"),
         "a group twice": (["merge", plan, groups[0], groups[0], *out], "group 0 is given twice"),
         "no checkpoint": (["merge", plan, groups[0], road / "data", *out], "no merit.json in it"),
         "merge onto something": (["merge", plan, *groups, "--output", road / "merged"], "exists already"),
@@ -219,13 +219,15 @@ def failures(road: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
     (broken_plan / "plan.json").write_text(json.dumps({**content, "sha256": "0" * 64}))
     broken = Path(shutil.copytree(road / "groups/0", folder / "0"))
     (broken / "model.safetensors").write_bytes(b"cut short")
+    out = ["--output", folder / "out"]
     return {
-        "plan changed": (["train", broken_plan, "--group", "0", "--output", folder / "out"], "records sha256 000000000000"),
+        "plan changed": (["train", broken_plan, "--group", "0", *out], "records sha256 000000000000"),
         "weights changed": (
-            ["merge", road / "plan", broken, road / "groups/1", "--output", folder / "out"], "model.safetensors has changed",
+            ["merge", road / "plan", broken, road / "groups/1", *out],
+            "model.safetensors has changed",
         ),
-        "weights unreadable": (["evaluate", broken, "--plan", road / "plan", "--output", folder / "out"], str(broken)),
-    }  # fmt: skip
+        "weights unreadable": (["evaluate", broken, "--plan", road / "plan", *out], str(broken)),
+    }
 
 
 @pytest.mark.parametrize("name", ["plan changed", "weights changed", "weights unreadable"])

@@ -69,7 +69,7 @@ PLAIN_ERRORS: dict[str, tuple[Any, list[str]]] = {
         changed(datasets=[*DATASETS, {"name": "math", "path": "other.jsonl"}]),
         ["datasets[0]", "datasets[2]", "`math`", "name"],
     ),
-    "more groups than datasets": (changed(plan={"num_groups": 3}), ["plan.num_groups=3", "2 datasets", "to 2 or less"]),
+    "more groups than datasets": (changed(plan={"num_groups": 3}), ["plan.num_groups=3", "2 datasets", "2 or less"]),
     "joint with groups": (changed(plan={"split": "joint", "num_groups": 2}), ["plan.num_groups", "2", "joint", "1"]),
     "by_tag without tag": (
         changed(plan={"split": "by_tag"}, datasets=[DATASETS[0], {"name": "chat", "path": "c"}]),

@@ -135,6 +135,13 @@ def test_two_blocks_are_structure() -> None:
         assert p <= 0.05
 
 
+def test_one_dataset_against_all_others_is_structure() -> None:
+    """Its eigenvalues are one large and one as small: the large one counts."""
+    matrix = np.eye(10)
+    matrix[0, 1:] = matrix[1:, 0] = -0.5
+    assert structure_p_value(matrix) == 0.005
+
+
 def test_structure_is_not_judged_below_four_datasets_and_is_the_same_every_time() -> None:
     assert structure_p_value(conflict_matrix(rows(3))) is None
     matrix = conflict_matrix(rows(8))

@@ -172,6 +172,13 @@ def test_every_file_format(suffix: str, tmp_path: Path) -> None:
     assert (loaded.repo_id, loaded.revision, loaded.eval) == (None, None, None)
 
 
+def swapped(value: Any) -> Any:
+    """The same row with the keys of all its mappings in the opposite order."""
+    if isinstance(value, list):
+        return [swapped(item) for item in value]
+    return {key: swapped(item) for key, item in reversed(value.items())} if isinstance(value, dict) else value
+
+
 def test_the_fingerprint_is_of_the_rows_not_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     for rows in (PAIRS, CHATS, MESSAGES, TEXTS):
@@ -180,7 +187,7 @@ def test_the_fingerprint_is_of_the_rows_not_of_the_file(tmp_path: Path) -> None:
             write(tmp_path / where / f"{len(str(rows))}{s}", rows) for s in suffixes for where in ("", "elsewhere")
         ]
         assert len({load(path).fingerprint for path in places}) == 1
-        columns_swapped = [dict(reversed(row.items())) for row in rows]
+        columns_swapped = [swapped(row) for row in rows]
         assert load(write(tmp_path / "swapped.jsonl", columns_swapped)).fingerprint == load(places[0]).fingerprint
         assert load(write(tmp_path / "fewer.jsonl", rows[1:])).fingerprint != load(places[0]).fingerprint
 
@@ -239,13 +246,16 @@ def test_examples_longer_than_max_length_are_cut_counted_and_dropped_without_los
     tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     long_answer = {"prompt": "copy: red", "completion": "red " * 200}
-    long_prompt = {"prompt": "copy: " + "red " * 200, "completion": "red"}
+    long_prompt = {"prompt": "copy: " + "red " * 150, "completion": "red"}
     rows = [as_chat(row) for row in (*PAIRS[:4], long_answer, long_prompt)]
     prepared = prepare(write(tmp_path / "rows.jsonl", rows), model, tokenizer, max_length=32)
     assert (prepared.num_truncated, prepared.num_dropped, prepared.counts.num_examples) == (1, 1, 5)
     assert prepared.counts.input_tokens.tolist()[4] == 32
     expected = direct(model, tokenizer, tmp_path, datasets.Dataset.from_list(rows), max_length=32)
     assert tokens(prepared.train) == tokens(expected)
+    longest = max(prepare(tmp_path / "rows.jsonl", model, tokenizer, max_length=None).counts.input_tokens.tolist())
+    assert prepare(tmp_path / "rows.jsonl", model, tokenizer, max_length=longest).num_truncated == 0, "exactly as long"
+    assert prepare(tmp_path / "rows.jsonl", model, tokenizer, max_length=longest - 1).num_truncated == 1
     whole = prepare(tmp_path / "rows.jsonl", model, tokenizer, max_length=None)
     assert (whole.num_truncated, whole.num_dropped, whole.counts.num_examples) == (0, 0, 6)
 

@@ -1,4 +1,4 @@
-"""What a training should process is replayed from the data alone; what it does process is counted. They are the same."""
+"""What a training should process is replayed from the data alone, what it does process is counted: the same."""
 
 from __future__ import annotations
 
@@ -71,8 +71,10 @@ def make_plan(config: Path, folder: Path, *overrides: str) -> PartitionPlan:
     return MeritPlanner(MeritConfig.from_yaml(config, overrides), Progress(quiet=True)).plan(folder)
 
 
-FAST = {"epochs and a part", "max_steps, less than an epoch", "accumulation, part of an epoch", "packing, part of an epoch",
-        "drop_last with accumulation", "padding-free", "in order"}  # fmt: skip
+FAST = {
+    "epochs and a part", "max_steps, less than an epoch", "accumulation, part of an epoch",
+    "drop_last with accumulation", "packing, part of an epoch", "padding-free", "in order",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,8 @@ def test_one_dataset_and_one_group(mixture: Path, tmp_path: Path) -> None:
     assert one.num_groups == 1
     assert one.groups[0].datasets == sorted(TASKS)
     joint = make_plan(mixture, tmp_path / "joint", "plan.split=joint", "plan.num_groups=null")
-    assert joint.groups == one.groups and joint.sha256 == one.sha256, "K=1 is joint training"
+    assert joint.groups == one.groups, "K=1 is joint training"
+    assert joint.sha256 == one.sha256
     assert joint.conflict_matrix is None
     assert joint.load_sketches() is None
 

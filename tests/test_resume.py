@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, then the same command again: the result of an uninterrupted run, and next to no work twice."""
+"""SIGKILL at random moments, then the same command again: the uninterrupted result, and next to no work twice."""
 
 from __future__ import annotations
 

@@ -81,8 +81,9 @@ def test_the_losses_are_those_of_a_plain_trl_script(
 ) -> None:
     base = tiny_plan.base_folder()
     args = SFTConfig(
-        output_dir=str(tmp_path), learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=4, max_length=64,
-        activation_checkpointing=False, logging_steps=1, save_strategy="no", bf16=False, use_cpu=True, report_to="none",
+        output_dir=str(tmp_path), learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=4,
+        max_length=64, activation_checkpointing=False, logging_steps=1, save_strategy="no", bf16=False,
+        use_cpu=True, report_to="none",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     trainer = SFTTrainer(
