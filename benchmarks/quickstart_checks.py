@@ -2,8 +2,8 @@
 
     python benchmarks/quickstart_checks.py runs/quickstart --output benchmarks/results/quickstart.md
 
-1. The largest difference between the merged weights and a float64 mean of the groups, in units of the output's rounding.
-2. The largest error of a cosine of the plan's count sketch against exact gradients (a second planning, on the same samples).
+1. The largest difference between the merged weights and a float64 mean of the groups, and in spacings of the output.
+2. The largest error of a cosine of the plan's count sketch against exact gradients (a second planning, same samples).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main() -> None:
         "| what | value |\n|---|---|\n"
         f"| merged weights compared with a float64 weighted mean | {merge['values']:,} |\n"
         f"| largest difference | {merge['largest_difference']:.3g} |\n"
-        f"| largest difference in spacings of the output dtype (½ = correctly rounded) | {merge['in_spacings']:.4f} |\n"
+        f"| the same in spacings of the output dtype (½: correctly rounded) | {merge['in_spacings']:.4f} |\n"
         f"| datasets; count sketch length | {sketch['datasets']}; {sketch['sketch_dim']:,} |\n"
         f"| cosines of the exact gradients | {sketch['lowest_cosine']:.3f} to {sketch['highest_cosine']:.3f} |\n"
         f"| largest error of a sketched cosine | {sketch['largest_error']:.4f} |\n"

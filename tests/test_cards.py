@@ -57,7 +57,8 @@ def make_plan(names: list[str], num_groups: int = 2, matrix: bool = True, hub: b
         sft={"learning_rate": 1e-5, "max_steps": -1},
         conflict_matrix=np.clip(vectors @ vectors.T, -1, 1) if matrix else None,
         explained=[0.6, 0.2],
-        bounds={"operator_norm": 0.02, "eigengaps": [0.5], "sin_angle": [0.04], "structure_p_value": 0.005, "verdict": "structure"},
+        bounds={"operator_norm": 0.02, "eigengaps": [0.5], "sin_angle": [0.04], "structure_p_value": 0.005,
+                "verdict": "structure"},
         cost={"gradient_seconds": 12.0, "tokens": 4000},
         versions={"merit_hf": "0.1.0"},
         skipped={"empty": "it has no rows"},
@@ -67,7 +68,8 @@ def make_plan(names: list[str], num_groups: int = 2, matrix: bool = True, hub: b
 def merged_manifest(plan: PartitionPlan) -> dict[str, Any]:
     return {
         "schema_version": 1, "kind": "merged", "plan": {"repo_id": None, "revision": None, "sha256": plan.sha256},
-        "base": plan.base, "out_dtype": "bfloat16", "engine": "safetensors", "versions": {"merit_hf": "0.1.0"}, "files": {},
+        "base": plan.base, "out_dtype": "bfloat16", "engine": "safetensors",
+        "versions": {"merit_hf": "0.1.0"}, "files": {},
         "groups": [{"group": g.group, "weight": g.weight, "num_input_tokens": g.train_input_tokens, "repo_id": None,
                     "revision": None} for g in plan.groups],
         "stats": {"num_tensors": 2, "num_parameters": 9, "displacement": 1.0, "group_displacements": [1.5, 1.25],
@@ -75,7 +77,12 @@ def merged_manifest(plan: PartitionPlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-RECIPE = "merge_method: linear\nmodels:\n- model: /home/me/groups/0\n- model: /home/me/groups/1\nbase_model: /home/me/groups/0\n"
+RECIPE = """merge_method: linear
+models:
+- model: /home/me/groups/0
+- model: /home/me/groups/1
+base_model: /home/me/groups/0
+"""
 LEDGER = {"num_input_tokens": 1000, "num_loss_tokens": 300, "num_padding_tokens": 20}
 
 
@@ -93,7 +100,9 @@ def all_cards(plan: PartitionPlan) -> list[str]:
 def test_the_plan_card_is_the_golden_one() -> None:
     expected = GOLDEN / "plan_card.md"
     card = plan_dataset_card(make_plan(["alpha", "beta", "gamma", "delta"]))
-    assert card == expected.read_text(encoding="utf-8"), "if the change is meant, write the card to tests/golden/plan_card.md"
+    assert card == expected.read_text(encoding="utf-8"), (
+        "if the change is meant, write the card to tests/golden/plan_card.md"
+    )
 
 
 def test_the_viewer_finds_the_tables() -> None:
@@ -128,7 +137,9 @@ def test_names_stay_text(name: str) -> None:
         # Every row has as many cells as its header.
         blocks = card.split("\n\n")
         for block in (b.splitlines() for b in blocks if b.startswith("|")):
-            assert {len(re.findall(r"(?<!\\)\|", line)) for line in block if line.startswith("|")} == {block[0].count("|")}
+            assert {len(re.findall(r"(?<!\\)\|", line)) for line in block if line.startswith("|")} == {
+                block[0].count("|")
+            }
 
 
 def test_the_recipe_names_groups_instead_of_folders() -> None:

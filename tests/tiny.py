@@ -14,7 +14,10 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = "red blue green one two three four five six seven eight nine cat dog bird fish sun moon star tree".split()
+WORDS = [
+    "red", "blue", "green", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "cat", "dog",
+    "bird", "fish", "sun", "moon", "star", "tree",
+]  # fmt: skip
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -27,14 +27,27 @@ def main() -> None:
     run(sys.executable, str(HERE / "prepare.py"), "--output", str(output))
     config = output / "quickstart.yaml"
     config.write_text((HERE / "quickstart.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    run(sys.executable, "-m", "merit_hf.cli", "run", str(config), *overrides, "--output", str(output / "run"), "--joint")
+    run(
+        sys.executable,
+        "-m",
+        "merit_hf.cli",
+        "run",
+        str(config),
+        *overrides,
+        "--output",
+        str(output / "run"),
+        "--joint",
+    )
     failures = check(json.loads((output / "run" / "evaluation.json").read_text(encoding="utf-8")))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     say(f"Wall time {time.monotonic() - start:.0f} s, peak memory {peak:.1f} GiB.")
     if failures:
         sys.exit("The demo failed: " + "; ".join(failures) + ".")
     say("Every group lowered the held-out loss of its own datasets, and joint training the mean.")
-    say(f"Read {output}/run/plan/README.md and {output}/run/merged/README.md, then put your own datasets into {config}.")
+    say(
+        f"Read {output}/run/plan/README.md and {output}/run/merged/README.md, then put your own datasets into "
+        f"{config}."
+    )
 
 
 def run(*command: str) -> None:
@@ -54,7 +67,9 @@ def check(evaluation: dict) -> list[str]:
         if not after < before:
             failures.append(f"group {group} went from {before:.3f} to {after:.3f} on its own datasets")
     if not evaluation["mean"]["joint"] < evaluation["mean"]["base"]:
-        failures.append(f"joint went from {evaluation['mean']['base']:.3f} to {evaluation['mean']['joint']:.3f} on the mean")
+        failures.append(
+            f"joint went from {evaluation['mean']['base']:.3f} to {evaluation['mean']['joint']:.3f} on the mean"
+        )
     return failures
 
 
