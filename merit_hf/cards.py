@@ -21,6 +21,14 @@ from merit_hf.text import Markdown, code, escape_markdown, fenced, find_local_pa
 if TYPE_CHECKING:
     from merit_hf.plan import PartitionPlan
 
+# What each `plan.split` does with the datasets.
+_SPLITS = {
+    "merit": "so that those whose gradients conflict are kept apart",
+    "kmeans": "by k-means on their gradients, as a baseline",
+    "random": "at random, as a baseline",
+    "by_tag": "by their tags, as a baseline",
+    "joint": "all in one group, as a baseline",
+}
 _TABLES = ("datasets", "conflict", "groups")
 _MAX_PAIRS = 5
 _MAX_ROWS = 60
@@ -44,6 +52,7 @@ def plan_dataset_card(plan: PartitionPlan) -> str:
         plan=plan,
         base=_base(plan.base),
         sections=plan.config["plan"],
+        how=_SPLITS[plan.config["plan"]["split"]],
         groups=plan.groups,
         members={group.group: _names(group.datasets) for group in plan.groups},
         pairs=_extreme_pairs(plan),
@@ -62,7 +71,6 @@ def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
         base_model_relation="finetune" if manifest["base"].get("repo_id") else None,
         datasets=_hub_datasets(manifest["datasets"]) or None,
         tags=["merit", "merit-group", "sft", "trl"],
-        pipeline_tag="text-generation",
     )
     return _render(
         "group_model_card.md",
@@ -86,18 +94,19 @@ def merged_model_card(
 ) -> str:
     """README.md of a merged model, with the evaluation table where there is one."""
     parents = [group["repo_id"] for group in manifest["groups"] if group.get("repo_id")]
-    if not parents and manifest["base"].get("repo_id"):
-        parents = [manifest["base"]["repo_id"]]
+    if len(parents) < len(manifest["groups"]):
+        # Some groups are local: the base is the parent that all have in common, where it is on the Hub.
+        parents = [manifest["base"]["repo_id"]] if manifest["base"].get("repo_id") else []
+    merged = {group["group"] for group in manifest["groups"]}
+    members = {group.group: _names(group.datasets) for group in plan.groups}
     data = ModelCardData(
         library_name="transformers",
         base_model=parents or None,
         base_model_relation="merge" if parents else None,
-        datasets=_hub_datasets([{"repo_id": dataset.repo_id} for dataset in plan.datasets]) or None,
+        datasets=_hub_datasets([{"repo_id": d.repo_id} for d in plan.datasets if d.group in merged]) or None,
         tags=["merge", "mergekit", "merit"],
-        pipeline_tag="text-generation",
     )
     stats = manifest.get("stats", {})
-    members = {group.group: _names(group.datasets) for group in plan.groups}
     return _render(
         "merged_model_card.md",
         data.to_yaml(),
@@ -110,7 +119,9 @@ def merged_model_card(
             [str(g["group"]), members.get(g["group"], ""), f"{g['num_input_tokens']:,}", f"{g['weight']:.6f}"]
             for g in manifest["groups"]
         ],
-        checkpoints=" ".join(f"groups/{group['group']}" for group in manifest["groups"]),
+        how=_SPLITS[plan.config["plan"]["split"]],
+        missing=[[str(number), names] for number, names in members.items() if number not in merged],
+        command=Markdown(_merge_command(plan, manifest)),
         evaluation=_evaluation_table(evaluation) if evaluation else None,
         mergekit_config=fenced(_public_recipe(mergekit_config, manifest), "yaml"),
         versions=_settings(manifest["versions"]),
@@ -130,6 +141,20 @@ def validate_card(text: str) -> None:
     paths = find_local_paths(html.unescape(text))
     if paths:
         raise MeritError(f"the card would show a path of this machine: {paths[0]}")
+
+
+def _merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
+    """The `merit merge` call that makes this model again."""
+    folders = " ".join(f"groups/{group['group']}" for group in manifest["groups"])
+    command = f"merit merge {plan.repo_id or 'PLAN'} {folders} --output merged"
+    weights = manifest.get("weights", "tokens")
+    if weights != "tokens":
+        command += f" --weights {'weights.yaml' if weights == 'file' else weights}"
+    if manifest.get("engine", "safetensors") != "safetensors":
+        command += f" --engine {manifest['engine']}"
+    if manifest.get("asked_out_dtype"):
+        command += f" --out-dtype {manifest['asked_out_dtype']}"
+    return command + (" --allow-missing" if len(manifest["groups"]) < plan.num_groups else "")
 
 
 def _render(template: str, metadata: str, **facts: Any) -> str:

@@ -63,13 +63,24 @@ def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequ
             for column in range(count):
                 value = shown[row, column]
                 colour = "white" if abs(value) > 0.7 * limit else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color=colour)
+                axes.text(
+                    column,
+                    row,
+                    f"{value:.2f}".replace("-0.00", "0.00"),
+                    ha="center",
+                    va="center",
+                    fontsize=6.5,
+                    color=colour,
+                )
     start = 0
     for group in sorted(set(groups)):
         size = list(groups).count(group)
         axes.add_patch(Rectangle((start - 0.5, start - 0.5), size, size, fill=False, lw=2.0, ec="black"))
+        axes.text(start - 0.42, start - 0.38, str(group), fontsize=8, weight="bold", va="top", ha="left")
         start += size
-    axes.set_title("Which datasets pull together (blue) and which conflict (red)\nboxes: groups", fontsize=10)
+    axes.set_title(
+        "Which datasets pull together (blue) and which conflict (red)\nboxes: the groups, numbered", fontsize=10
+    )
     _save(figure, path)
 
 
@@ -176,6 +187,8 @@ def _annotate(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, names: S
             box = (left, py + dy, left + width, py + dy + 10)
             if all(box[0] > t[2] or box[2] < t[0] or box[1] > t[3] or box[3] < t[1] for t in taken):
                 break
+        else:
+            continue  # No free place: a name on top of another would make both unreadable.
         taken.append(box)
         axes.annotate(
             names[index], (x[index], y[index]), (dx, dy), textcoords="offset points", fontsize=7,

@@ -64,7 +64,11 @@ def merge_groups(
         _verify_base(plan, folder)
         folders = [chosen[number] for number in numbers]
         stats = merge_into(part, folder, folders, values, out_dtype, engine, progress=progress)
+        if plan.base.get("chat_template") is not None:
+            # The groups were trained with a template of the plan's, not with the base's own.
+            (part / "chat_template.jinja").write_text(plan.base["chat_template"], encoding="utf-8")
         manifest = _merged_manifest(plan, dict(zip(numbers, folders, strict=True)), values, engine, stats, part)
+        manifest["weights"] = weights if weights in ("tokens", "loss_tokens", "uniform") else "file"
         # None is the base's own; `out_dtype` in the manifest is what that came to.
         manifest["asked_out_dtype"] = out_dtype
         write_manifest(part, manifest)

@@ -146,7 +146,6 @@ def load_model(folder: str | Path, args: SFTConfig | None = None) -> PreTrainedM
         model = AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise MeritError(f"{folder}: the model cannot be loaded: {_one_line(error)}") from error
-    model.config.use_cache = False
     return model
 
 

@@ -67,7 +67,7 @@ def make_plan(names: list[str], num_groups: int = 2, matrix: bool = True, hub: b
 
 def merged_manifest(plan: PartitionPlan) -> dict[str, Any]:
     return {
-        "schema_version": 1, "kind": "merged", "plan": {"repo_id": None, "revision": None, "sha256": plan.sha256},
+        "schema_version": 1, "kind": "merged", "weights": "tokens", "plan": {"repo_id": None, "revision": None, "sha256": plan.sha256},
         "base": plan.base, "out_dtype": "bfloat16", "engine": "safetensors",
         "versions": {"merit_hf": "0.1.0"}, "files": {},
         "groups": [{"group": g.group, "weight": g.weight, "num_input_tokens": g.train_input_tokens, "repo_id": None,
@@ -174,3 +174,31 @@ def test_a_plan_without_gradients_has_no_heatmap(tmp_path: Path) -> None:
 
 def test_names_in_figures_are_no_formulas(tmp_path: Path) -> None:
     save_plan_figures(make_plan(["$\\frac{", "b$"]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"), [("merit", "conflict are kept apart"), ("random", "at random, as a baseline")]
+)
+def test_a_card_says_how_the_datasets_were_split(split: str, words: str) -> None:
+    plan = make_plan(["a", "b"])
+    plan.config["plan"]["split"] = split
+    assert words in plan_dataset_card(plan)
+    assert words in merged_model_card(plan, merged_manifest(plan), RECIPE)
+
+
+def test_a_partial_merge_says_what_is_missing_and_how_to_make_it_again() -> None:
+    plan = make_plan(["a", "b"], hub=True)
+    manifest = merged_manifest(plan) | {"weights": "uniform", "asked_out_dtype": "float32"}
+    manifest["groups"] = manifest["groups"][:1]
+    card = merged_model_card(plan, manifest, RECIPE)
+    command = "merit merge PLAN groups/0 --output merged --weights uniform --out-dtype float32 --allow-missing"
+    assert command in card
+    assert "Not in this merge" in card
+    assert ModelCard(card).data.datasets == ["org/data-0"]
+
+
+def test_one_group_on_the_hub_is_not_the_only_parent() -> None:
+    plan = make_plan(["a", "b"], hub=True)
+    manifest = merged_manifest(plan)
+    manifest["groups"][0]["repo_id"] = "org/group-0"
+    assert ModelCard(merged_model_card(plan, manifest, RECIPE)).data.base_model == ["org/base"]
