@@ -67,7 +67,8 @@ def make_plan(names: list[str], num_groups: int = 2, matrix: bool = True, hub: b
 
 def merged_manifest(plan: PartitionPlan) -> dict[str, Any]:
     return {
-        "schema_version": 1, "kind": "merged", "weights": "tokens", "plan": {"repo_id": None, "revision": None, "sha256": plan.sha256},
+        "schema_version": 1, "kind": "merged", "weights": "tokens",
+        "plan": {"repo_id": None, "revision": None, "sha256": plan.sha256},
         "base": plan.base, "out_dtype": "bfloat16", "engine": "safetensors",
         "versions": {"merit_hf": "0.1.0"}, "files": {},
         "groups": [{"group": g.group, "weight": g.weight, "num_input_tokens": g.train_input_tokens, "repo_id": None,
