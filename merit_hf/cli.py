@@ -120,7 +120,8 @@ def merge(
         with Progress().stage("Merging", unit="tensors") as stage:
             merge_groups(
                 loaded, [_checkpoint(text) for text in checkpoints], output, engine=engine or section["engine"],
-                weights=weights or section["weights"], out_dtype=out_dtype or section["out_dtype"],
+                weights=weights or loaded.local.get("merge_weights") or section["weights"],
+                out_dtype=out_dtype or section["out_dtype"],
                 exclude=tuple(exclude or ()), allow_missing=allow_missing, progress=stage.update,
             )  # fmt: skip
         _print(merge_summary(read_manifest(output)["stats"]))

@@ -64,7 +64,9 @@ def structure_p_value(matrix: np.ndarray, seed: int = 0, num_permutations: int =
     """Is there more structure in C than in its own cosines, shuffled over the pairs?
 
     The share of symmetric shuffles of the off-diagonal cosines whose largest eigenvalue of C − mean reaches that of C.
-    Isotropic noise gives a uniform p; blocks give a small one. None below four datasets, where it says nothing.
+    Isotropic noise in many dimensions gives a uniform p; large blocks give a small one. A necessary sign only: noise
+    of few dimensions, or around one shared direction, gives small values too, and many blocks of two or three datasets
+    do not. None below four datasets, where it says nothing.
     """
     num_datasets = len(matrix)
     if num_datasets < 4:

@@ -18,6 +18,7 @@ from merit_hf.merge import MERGEKIT_CONFIG_NAME
 from merit_hf.plan import LOCAL_NAME, PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
+from merit_hf.resolved import WEIGHTINGS
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,7 @@ def _load_evaluation(output: Path, plan: PartitionPlan, labels: list[str]) -> di
 
 def _weights(config: MeritConfig) -> str:
     weights = config.merge.weights
-    file = config.root / weights
-    return str(file) if file.is_file() else weights
+    return weights if weights in WEIGHTINGS else str((config.root / weights).expanduser().resolve())
 
 
 def _push(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,12 +139,16 @@ class PartitionPlan:
         tables.write_groups(folder, self.groups)
         if self.conflict_matrix is not None:
             tables.write_conflict(folder, self.names, self.conflict_matrix)
-        (folder / LOCAL_NAME).write_text(json.dumps(self.local, indent=2) + "\n", encoding="utf-8")
         save_plan_figures(self, folder)
         (folder / "README.md").write_text(plan_dataset_card(self), encoding="utf-8")
-        (folder / PLAN_NAME).write_text(
-            json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        self.save_settings(folder)
+
+    def save_settings(self, folder: Path) -> None:
+        """Write plan.json and local.json, each in one step; plan.json last, since it makes a folder a plan."""
+        for name, content in ((LOCAL_NAME, self.local), (PLAN_NAME, self.to_dict())):
+            part = folder / f"{name}.part"
+            part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(part, folder / name)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of plan.json."""

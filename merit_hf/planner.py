@@ -25,7 +25,7 @@ from merit_hf import partition
 from merit_hf.checkpoint import read_tensor_index, weights_sha256
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.conflict import axis_bounds, conflict_matrix, sketch_error, structure_p_value
-from merit_hf.data import LoadedDataset, format_digest, is_local
+from merit_hf.data import LoadedDataset, format_digest
 from merit_hf.entry import exit_on_error
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups, split_datasets
 from merit_hf.hub import resolve_model
@@ -34,6 +34,7 @@ from merit_hf.mixture import PreparedDataset, prepare_mixture, read_mixture
 from merit_hf.plan import PartitionPlan, PlannedDataset, canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import SKETCHES_NAME, GradientReadout, write_sketches
+from merit_hf.resolved import first_difference, local_settings, published_config
 from merit_hf.sft import (
     build_args,
     chat_template_sha256,
@@ -81,7 +82,9 @@ class MeritPlanner:
         folder, base, tokenizer = self._resolve_base(chat_template)
         inputs = self._inputs(base, args, loaded)
         if output.exists():
-            finished = _finished(output, canonical_sha256(inputs), self._published_config())
+            finished = _finished(
+                output, canonical_sha256(inputs), published_config(self.config), local_settings(self.config, folder)
+            )
             if self.worker.is_main:
                 # A kill between the rename and the clean-up leaves it.
                 shutil.rmtree(part, ignore_errors=True)
@@ -102,7 +105,7 @@ class MeritPlanner:
         tags = {spec.name: spec.tag for spec in self.config.datasets}
         groups = split_datasets(prepared, tags, matrix, self.config.plan, self.config.num_groups)
         plan = PartitionPlan(
-            config=self._published_config(),
+            config=published_config(self.config),
             base=base,
             datasets=self._datasets(prepared, readouts, groups, matrix),
             groups=[],
@@ -111,7 +114,7 @@ class MeritPlanner:
             skipped=skipped | dropped,
             versions=library_versions(),
             inputs_sha256=canonical_sha256(inputs),
-            local=self._local(folder),
+            local=local_settings(self.config, folder),
             **self._axes(matrix, readouts),
         )
         plan.groups = plan_groups(plan.datasets, {d.name: d.train for d in prepared}, model, tokenizer, args, base)
@@ -240,30 +243,6 @@ class MeritPlanner:
         bounds = axis_bounds(singular_values, num_axes, error) | {"structure_p_value": p_value, "verdict": verdict}
         return {"explained": explained, "bounds": bounds}
 
-    def _published_config(self) -> dict[str, Any]:
-        """CONFIG as resolved, with nothing in it that names a file of this machine."""
-        content = self.config.model_dump(mode="json")
-        content["plan"]["num_groups"] = self.config.num_groups
-        content["sft"].pop("chat_template_path", None)
-        if is_local(content["base"]["model_name_or_path"], self.config.root):
-            content["base"]["model_name_or_path"] = None
-        for entry in content["datasets"]:
-            if is_local(entry["path"], self.config.root):
-                entry["path"] = None
-            if entry["eval_path"] is not None and is_local(entry["eval_path"], self.config.root):
-                entry["eval_path"] = None
-        return content
-
-    def _local(self, folder: Path) -> dict[str, Any]:
-        root = self.config.root.resolve()
-        entries: dict[str, dict[str, str]] = {}
-        for spec in self.config.datasets:
-            paths = {"path": spec.path, "eval_path": spec.eval_path}
-            local = {key: path for key, path in paths.items() if path is not None and is_local(path, root)}
-            if local:
-                entries[spec.name] = {key: str((root / path).expanduser().resolve()) for key, path in local.items()}
-        return {"base": str(folder), "root": str(root), "datasets": entries}
-
 
 def _matrix(names: Sequence[str], sketches: Sequence[np.ndarray]) -> np.ndarray:
     try:
@@ -273,29 +252,18 @@ def _matrix(names: Sequence[str], sketches: Sequence[np.ndarray]) -> np.ndarray:
         raise MeritError(f"datasets {', '.join(zero)} have no gradient at the base: {error}.") from error
 
 
-def _finished(output: Path, inputs_sha256: str, config: dict[str, Any]) -> PartitionPlan:
+def _finished(output: Path, inputs_sha256: str, config: dict[str, Any], local: dict[str, Any]) -> PartitionPlan:
+    """The plan that is there, with the settings of now where they do not decide it (placement, merge, paths)."""
     plan = PartitionPlan.from_pretrained(output)
-    if plan.inputs_sha256 == inputs_sha256:
-        return plan
-    difference = first_difference(plan.config, config) or "the base's weights or the datasets' rows"
-    raise ConfigError(f"{output} holds the plan of other inputs ({difference}). Give another --output, or delete it.")
-
-
-def first_difference(planned: Any, found: Any, key: str = "") -> str | None:
-    """`key: planned → found` for the first place where two resolved configs differ."""
-    if isinstance(planned, dict) and isinstance(found, dict):
-        for name in sorted(planned.keys() | found.keys()):
-            difference = first_difference(planned.get(name), found.get(name), f"{key}.{name}" if key else str(name))
-            if difference:
-                return difference
-        return None
-    if isinstance(planned, list) and isinstance(found, list):
-        return first_difference(_by_name(planned), _by_name(found), key)
-    return None if planned == found else f"{key}: {planned!r} there, {found!r} here"
-
-
-def _by_name(entries: list[Any]) -> dict[str, Any]:
-    return {entry["name"] if isinstance(entry, dict) else str(i): entry for i, entry in enumerate(entries)}
+    if plan.inputs_sha256 != inputs_sha256:
+        difference = first_difference(plan.config, config) or "the base's weights or the datasets' rows"
+        raise ConfigError(
+            f"{output} holds the plan of other inputs ({difference}). Give another --output, or delete it."
+        )
+    if (plan.config, plan.local) != (config, local):
+        plan.config, plan.local = config, local
+        plan.save_settings(output)
+    return plan
 
 
 def _save(plan: PartitionPlan, sketches: Sequence[np.ndarray], part: Path, output: Path) -> PartitionPlan:

@@ -46,6 +46,8 @@ _FLOATS = tuple(
 )
 BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _UNPACKED = {"packing": False, "padding_free": False, "shuffle_dataset": False}
+# Values under which the tokens of a step, or a resumed training, would not be the planned ones.
+_UNREPEATABLE = {"auto_find_batch_size": True, "ignore_data_skip": True, "save_only_model": True}
 _OURS = {
     "output_dir": "Give the folder with --output.",
     "resume_from_checkpoint": "Run the same command again to resume.",
@@ -63,6 +65,13 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path | None = None, **o
     for field, cure in _OURS.items():
         if field in sft:
             raise ConfigError(f"sft.{field}={sft[field]!r} is set by merit itself. {cure}")
+    for field, value in _UNREPEATABLE.items():
+        if sft.get(field) == value:
+            raise ConfigError(
+                f"sft.{field}=true: a training that was stopped and goes on, or runs on another card, would no "
+                "longer be the "
+                "planned one. Leave it out."
+            )
     if "hub_token" in sft:
         raise ConfigError(
             "sft.hub_token: a plan is published with its CONFIG, so no secret belongs there. Use `hf auth login`."

@@ -137,7 +137,7 @@ def _group_args(
             "again with "
             f"sft.{fixed[0]}={placement[fixed[0]]!r}."
         )
-    sft = {"save_total_limit": 2, "disable_tqdm": True, **plan.config["sft"], **placement}
+    sft = {"save_total_limit": 2, "disable_tqdm": True, **plan.config["sft"], **plan.local.get("sft", {}), **placement}
     # The arguments of a Trainer decide how the processes find each other; only then is their number known.
     num_processes = build_args(sft, part).world_size
     check_processes(num_processes, asked_processes)

@@ -37,6 +37,7 @@ ROAD = [
     "hub",
     "sft",
     "data",
+    "resolved",
     "ledger",
     "tables",
     "plan",

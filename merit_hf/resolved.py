@@ -1,0 +1,74 @@
+"""CONFIG as a plan records it: what may be published, what stays on this machine, and how two of them differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from merit_hf.config import MeritConfig
+from merit_hf.data import is_local
+
+# Fields of SFTConfig that may hold the path of a file; all of them are placement.
+_SFT_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+WEIGHTINGS = ("tokens", "loss_tokens", "uniform")
+
+
+def published_config(config: MeritConfig) -> dict[str, Any]:
+    """CONFIG with its defaults resolved and nothing in it that names a file of this machine."""
+    content = config.model_dump(mode="json")
+    content["plan"]["num_groups"] = config.num_groups
+    content["sft"].pop("chat_template_path", None)
+    for field in _SFT_FILES:
+        if isinstance(content["sft"].get(field), str):
+            del content["sft"][field]
+    if is_local(content["base"]["model_name_or_path"], config.root):
+        content["base"]["model_name_or_path"] = None
+    for entry in content["datasets"]:
+        if is_local(entry["path"], config.root):
+            entry["path"] = None
+        if entry["eval_path"] is not None and is_local(entry["eval_path"], config.root):
+            entry["eval_path"] = None
+    if content["merge"]["weights"] not in WEIGHTINGS:
+        content["merge"]["weights"] = "file"
+    return content
+
+
+def local_settings(config: MeritConfig, base: Path) -> dict[str, Any]:
+    """The paths that `published_config` leaves out, absolute: base, datasets' files, SFT files, weights file."""
+    root = config.root.resolve()
+
+    def absolute(path: str) -> str:
+        return str((root / path).expanduser().resolve())
+
+    entries: dict[str, dict[str, str]] = {}
+    for spec in config.datasets:
+        paths = {"path": spec.path, "eval_path": spec.eval_path}
+        local = {key: absolute(path) for key, path in paths.items() if path is not None and is_local(path, root)}
+        if local:
+            entries[spec.name] = local
+    sft = {field: absolute(config.sft[field]) for field in _SFT_FILES if isinstance(config.sft.get(field), str)}
+    weights = config.merge.weights
+    return {
+        "base": str(base),
+        "root": str(root),
+        "datasets": entries,
+        "sft": sft,
+        "merge_weights": None if weights in WEIGHTINGS else absolute(weights),
+    }
+
+
+def first_difference(planned: Any, found: Any, key: str = "") -> str | None:
+    """`key: planned there, found here` for the first place where two resolved configs differ."""
+    if isinstance(planned, dict) and isinstance(found, dict):
+        for name in sorted(planned.keys() | found.keys()):
+            difference = first_difference(planned.get(name), found.get(name), f"{key}.{name}" if key else str(name))
+            if difference:
+                return difference
+        return None
+    if isinstance(planned, list) and isinstance(found, list):
+        return first_difference(_by_name(planned), _by_name(found), key)
+    return None if planned == found else f"{key}: {planned!r} there, {found!r} here"
+
+
+def _by_name(entries: list[Any]) -> dict[str, Any]:
+    return {entry["name"] if isinstance(entry, dict) else str(i): entry for i, entry in enumerate(entries)}
