@@ -1,5 +1,39 @@
 # make demo      set up and run the quickstart: a real model, a real mixture, one merged model
-# make test      set up and run the tests (make test-slow: $(VENV)/dev.done $(VENV)/demo.done
+# make test      set up and run the tests (make test-all: the slow ones too)
+# make quality   lint, format, types, import directions
+# make bench     the benchmarks, into benchmarks/results
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUN ?= runs/quickstart
+
+.PHONY: demo test test-slow test-all bench quality format clean
+
+# torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
+$(VENV)/base.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/demo.done: $(VENV)/base.done recipes/quickstart/requirements.txt recipes/quickstart/requirements-no-deps.txt
+	$(PIP) --editable ".[demo]" --requirement recipes/quickstart/requirements.txt
+	$(PIP) --no-deps --requirement recipes/quickstart/requirements-no-deps.txt
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/base.done
+	$(PIP) --editable ".[dev,mergekit]"
+	touch $@
+
+demo: $(VENV)/demo.done
+	$(BIN)/python recipes/quickstart/demo.py --output $(RUN)
+
+test: $(VENV)/dev.done $(VENV)/demo.done
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/dev.done $(VENV)/demo.done
 	$(BIN)/python -m pytest -m slow
 
 test-all: test test-slow
