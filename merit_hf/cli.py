@@ -73,7 +73,10 @@ def train(
     accelerate_config: AccelerateConfig = None,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune one group, or all one after another, with TRL's SFTTrainer from the plan's base."""
+    """Fine-tune one group, or all of them, from the base.
+
+    TRL's SFTTrainer, one group after another; through accelerate launch where several processes are asked for.
+    """
     with exit_on_error(debug):
         _quiet()
         from merit_hf.launch import train_groups
@@ -106,7 +109,7 @@ def merge(
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Merge fewer groups than planned.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Verify the groups and average their weights once, each weighted by its tokens."""
+    """Verify the groups and average them, weighted by tokens."""
     with exit_on_error(debug):
         _quiet()
         from merit_hf.group_merge import merge_groups
@@ -132,7 +135,10 @@ def merge(
 
 @app.command()
 def verify(plan: PlanArgument, checkpoints: Checkpoints, debug: Debug = False) -> None:
-    """Hold group checkpoints against the plan: a line a check, exit 1 where one fails."""
+    """Check group checkpoints against the plan, line by line.
+
+    Exits with 1 where a check fails.
+    """
     with exit_on_error(debug):
         _quiet()
         from merit_hf.manifest import failed, verify_checkpoint
@@ -161,7 +167,7 @@ def evaluate(
     num_samples: Annotated[int, typer.Option(min=1, help="At most so many held-out rows a dataset.")] = 200,
     debug: Debug = False,
 ) -> None:
-    """Held-out loss of base and models on every dataset, side by side."""
+    """Held-out loss of base and models on every dataset."""
     with exit_on_error(debug):
         _quiet()
         from merit_hf.evaluate import evaluate_models, evaluation_table, save_evaluation
