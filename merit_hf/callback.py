@@ -204,8 +204,7 @@ class MeritCallback(TrainerCallback, ExportableState):
         if not isinstance(rows, datasets.Dataset) or "input_ids" not in rows.column_names:
             raise MeritError(
                 f"group {self.group}: the training data is not a tokenised `datasets.Dataset`, so it cannot be held "
-                "against "
-                "the plan. Do not stream it, and let the trainer tokenise it."
+                "against the plan. Do not stream it, and let the trainer tokenise it."
             )
         columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
         rows = rows.select_columns(columns)
@@ -220,8 +219,8 @@ class MeritCallback(TrainerCallback, ExportableState):
             raise MeritError(
                 f"group {self.group}: the training data are not the planned ones: {len(rows)} rows with "
                 f"{counts.num_input_tokens} tokens (digest {format_digest(counts.digest)[:12]}), planned "
-                f"{planned.num_examples} "
-                f"examples with {planned.num_input_tokens} tokens ({expected[:12]}) of {', '.join(planned.datasets)}."
+                f"{planned.num_examples} examples with {planned.num_input_tokens} tokens ({expected[:12]}) of "
+                f"{', '.join(planned.datasets)}."
             )
 
     def _totals_before(self, state: TrainerState, args: TrainingArguments) -> dict[str, int] | None:
@@ -232,8 +231,7 @@ class MeritCallback(TrainerCallback, ExportableState):
         if kept.get("group_sha256") != self.plan.group(self.group).group_sha256:
             raise MeritError(
                 f"group {self.group}: the checkpoint to resume from (step {state.global_step}) was not trained under "
-                "this plan "
-                "and group, so its tokens are unknown. Start again without it."
+                "this plan and group, so its tokens are unknown. Start again without it."
             )
         # Each process adds its own count to the total; the restored one must enter once.
         return kept["totals"]

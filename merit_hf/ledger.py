@@ -62,8 +62,7 @@ def _epoch_order(num_rows: int, args: SFTConfig, epoch: int) -> np.ndarray:
     if args.train_sampling_strategy != "random":
         raise ConfigError(
             f"sft.train_sampling_strategy={args.train_sampling_strategy!r}: which rows a part of an epoch takes is "
-            "not known "
-            "beforehand, so its tokens cannot be replayed. Train whole epochs, or sample at random."
+            "not known beforehand, so its tokens cannot be replayed. Train whole epochs, or sample at random."
         )
     sampler = SeedableRandomSampler(range(num_rows), data_seed=args.data_seed)
     sampler.set_epoch(epoch)

@@ -124,6 +124,5 @@ def _check_disk(num_datasets: int, dim: int, folder: Path) -> None:
     if needed > 0.9 * free:
         raise ConfigError(
             f"{num_datasets} read-outs of {dim:,} numbers need {needed / 1e9:,.1f} GB on disk, {free / 1e9:,.1f} GB "
-            "are "
-            "free. Use plan.sketch=count_sketch, a larger plan.stride, or another --output."
+            "are free. Use plan.sketch=count_sketch, a larger plan.stride, or another --output."
         )

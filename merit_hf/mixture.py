@@ -105,8 +105,7 @@ def plan_specs(plan: PartitionPlan, names: Sequence[str]) -> tuple[list[DatasetS
         if entry.get("path") is None:
             raise ConfigError(
                 f"dataset `{name}` was a local file where the plan was made (fingerprint {pinned.fingerprint[:12]}); "
-                "it is not "
-                "on this machine. Plan from its own CONFIG here, or ask the plan's author for the file."
+                "it is not on this machine. Plan from its own CONFIG here, or ask the plan's author for the file."
             )
         specs.append(DatasetSection(**entry))
     return specs, Path(plan.local.get("root", "."))

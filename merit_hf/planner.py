@@ -133,8 +133,7 @@ class MeritPlanner:
             reasons = "; ".join(f"`{name}`: {reason}" for name, reason in sorted(left_out.items()))
             raise ConfigError(
                 f"{self.config.num_groups} groups, but only {num_datasets} datasets can be trained on ({reasons}). "
-                "Set "
-                f"plan.num_groups to {num_datasets} or less."
+                f"Set plan.num_groups to {num_datasets} or less."
             )
 
     def _resolve_base(self, chat_template: str | None) -> tuple[Path, dict[str, Any], PreTrainedTokenizerBase]:

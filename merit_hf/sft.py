@@ -68,9 +68,8 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path | None = None, **o
     for field, value in _UNREPEATABLE.items():
         if sft.get(field) == value:
             raise ConfigError(
-                f"sft.{field}=true: a training that was stopped and goes on, or runs on another card, would no "
-                "longer be the "
-                "planned one. Leave it out."
+                f"sft.{field}=true: a training that was stopped and goes on, or runs on another card, would no longer "
+                "be the planned one. Leave it out."
             )
     if "hub_token" in sft:
         raise ConfigError(

@@ -60,8 +60,7 @@ def cosine_sentence(plan: PartitionPlan) -> str:
     within = f"{cosines[inside].mean():.2f}" if inside.any() else "none"
     return (
         f"Cosines between datasets: lowest {cosines.min():.2f}, median {np.median(cosines):.2f}, highest "
-        f"{cosines.max():.2f}; "
-        f"mean inside groups {within}, over all pairs {cosines.mean():.2f}."
+        f"{cosines.max():.2f}; mean inside groups {within}, over all pairs {cosines.mean():.2f}."
     )
 
 

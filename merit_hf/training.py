@@ -134,8 +134,7 @@ def _group_args(
     if fixed:
         raise ConfigError(
             f"sft.{fixed[0]} is part of the plan's identity, so a group cannot be trained with another value. Plan "
-            "again with "
-            f"sft.{fixed[0]}={placement[fixed[0]]!r}."
+            f"again with sft.{fixed[0]}={placement[fixed[0]]!r}."
         )
     sft = {"save_total_limit": 2, "disable_tqdm": True, **plan.config["sft"], **plan.local.get("sft", {}), **placement}
     # The arguments of a Trainer decide how the processes find each other; only then is their number known.
@@ -150,9 +149,8 @@ def _group_args(
     if per_device * accumulation * num_processes != effective:
         raise ConfigError(
             f"the plan trains {effective} examples a step; sft.per_device_train_batch_size={per_device} × "
-            f"{accumulation} "
-            f"accumulation × {num_processes} processes is {per_device * accumulation * num_processes}. Choose "
-            f"{' and '.join('sft.' + name for name in BATCH_FIELDS)} so that the product is {effective}."
+            f"{accumulation} accumulation × {num_processes} processes is {per_device * accumulation * num_processes}. "
+            f"Choose {' and '.join('sft.' + name for name in BATCH_FIELDS)} so that the product is {effective}."
         )
     planned_device = plan.sft.get("device_batch_size", per_device * num_processes)
     if per_device * num_processes != planned_device:

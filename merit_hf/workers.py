@@ -91,6 +91,5 @@ class Worker:
             if time.monotonic() - since > patience:
                 raise MeritError(
                     f"no other planner process has finished anything for {patience:.0f} s. Stop all of them and run "
-                    "the "
-                    "command again: it goes on with what is missing."
+                    "the command again: it goes on with what is missing."
                 )
