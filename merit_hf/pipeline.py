@@ -57,7 +57,13 @@ def run_all(
     """
     progress = progress or Progress()
     namespace = (config.hub.namespace or current_user()) if config.hub.push else None
+    merged = output / "merged"
+    if merged.exists() and (output / "plan").exists():
+        # Before the plan takes up changed settings: a call that is refused changes nothing.
+        _check_merged(config, PartitionPlan.from_pretrained(output / "plan"), merged)
     plan = MeritPlanner(config, progress).plan(output / "plan")
+    if merged.exists():
+        _check_merged(config, plan, merged)
     groups = [output / "groups" / str(group.group) for group in plan.groups]
     train_groups(plan, range(plan.num_groups), groups, (), num_processes, accelerate_config, progress)
     joint_model = None
@@ -65,10 +71,7 @@ def run_all(
         joint_plan = MeritPlanner(_joint(config), progress).plan(output / "joint" / "plan")
         joint_model = output / "joint" / "groups" / "0"
         train_groups(joint_plan, [0], [joint_model], (), num_processes, accelerate_config, progress)
-    merged = output / "merged"
-    if merged.exists():
-        _check_merged(config, plan, merged)
-    else:
+    if not merged.exists():
         (output / EVALUATION_NAME).unlink(missing_ok=True)
         with progress.stage("Merging", unit="tensors") as stage:
             merge_groups(
