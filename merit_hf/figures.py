@@ -76,7 +76,9 @@ def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequ
     for group in sorted(set(groups)):
         size = list(groups).count(group)
         axes.add_patch(Rectangle((start - 0.5, start - 0.5), size, size, fill=False, lw=2.0, ec="black"))
-        axes.text(start - 0.42, start - 0.38, str(group), fontsize=8, weight="bold", va="top", ha="left")
+        axes.text(
+            start - 0.42, start - 0.38, str(group), fontsize=8, weight="bold", va="top", ha="left", color="white"
+        )
         start += size
     axes.set_title(
         "Which datasets pull together (blue) and which conflict (red)\nboxes: the groups, numbered", fontsize=10
