@@ -116,8 +116,8 @@ def test_what_is_not_there_is_one_line(hub: HubServer, tmp_path: Path, override:
 
 def test_a_busy_hub_delays_a_push(hub: HubServer, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from merit_hf.hub import push_folder; "
-        "print(push_folder(Path(sys.argv[1]), 'org/busy', 'dataset', True, 'x'))"
+        "import sys; from pathlib import Path; from merit_hf.hub_write import folder_files, push_files; "
+        "print(push_files(folder_files(Path(sys.argv[1])), 'org/busy', 'dataset', True, 'x'))"
     )
     (tmp_path / "a.txt").write_text("a")
     hub.fail("status", "/commit/", "POST", status=429, retry_after=1)
