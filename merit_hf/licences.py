@@ -59,5 +59,5 @@ def merged_licence(base: str | None, parts: Collection[str | None]) -> str:
         return base
     raise ConfigError(
         f"the licence of the merged model is not clear: {', '.join(sorted(demanding))} are not known to go together. "
-        "Decide it with --license ID."
+        "Decide it with --license ID (hub.license in CONFIG)."
     )

@@ -26,6 +26,8 @@ _SLICE = 1 << 22
 _EPSILON = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
 # Groups of one plan differ in data, not in kind: their moves agree in order of magnitude.
 _FACTOR = 10.0
+# Shares of single tensors agree more closely: within 0.6 and 1.3 over the quickstart's groups of SmolLM2-135M.
+_TENSOR_FACTOR = 3.0
 # A random direction has |cosine| below 5/√n with probability 1 − 6e-7.
 _DIRECTION = 5.0
 
@@ -163,9 +165,9 @@ def _shape(movement: Movement, k: int, others: Sequence[int]) -> Check:
     worst = int(np.abs(np.log(ratio)).argmax())
     return Check(
         "displacement by tensor",
-        f"within a factor {_FACTOR:g} of the other groups' shares",
+        f"within a factor {_TENSOR_FACTOR:g} of the other groups' shares",
         f"{movement.names[worst]}: {share[worst]:.3g} of the move, others {typical[worst]:.3g}",
-        bool(1 / _FACTOR <= ratio[worst] <= _FACTOR),
+        bool(1 / _TENSOR_FACTOR <= ratio[worst] <= _TENSOR_FACTOR),
     )
 
 
