@@ -139,6 +139,7 @@ def merged_model_card(
             for g in manifest["groups"]
         ],
         how=_SPLITS[plan.config["plan"]["split"]],
+        verified=_verified(manifest["groups"]),
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
         command=Markdown(_merge_command(plan, manifest)),
         evaluation=_evaluation_table(evaluation) if evaluation else None,
@@ -292,6 +293,16 @@ def _evaluation_table(evaluation: Mapping[str, Any]) -> Markdown:
     ]
     rows.append(["mean", "", *(f"{evaluation['mean'][label]:.3f}" for label in labels)])
     return _table(("dataset", "group", *labels), rows)
+
+
+def _verified(groups: Sequence[Mapping[str, Any]]) -> Markdown | None:
+    """`weights` for all groups alike, or group by group; None where a manifest does not say."""
+    levels = {str(group["group"]): str(group["verified"]) for group in groups if group.get("verified")}
+    if len(levels) < len(groups):
+        return None
+    if len(set(levels.values())) == 1:
+        return Markdown(f"every group at level {code(next(iter(levels.values())))}")
+    return Markdown(", ".join(f"group {number} at level {code(level)}" for number, level in levels.items()))
 
 
 def _eval_results(plan: PartitionPlan, evaluation: Mapping[str, Any]) -> list[EvalResult]:

@@ -86,6 +86,8 @@ def train(
         train_groups(loaded, numbers, outputs, placement or [], num_processes, accelerate_config)
         done = " ".join(str(path) for path in outputs)
         then = f"merge {plan} {done} --output {output.parent}/merged" if group == "all" else f"verify {plan} {done}"
+        if loaded.repo_id is not None and group != "all":
+            then = f"push {done} OWNER/NAME, and merit contribute {plan} OWNER/NAME"
         say(f"Trained: {done}. Next: merit {then}")
 
 

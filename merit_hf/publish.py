@@ -268,7 +268,9 @@ def _with_repos(manifest: dict[str, Any], plan: PartitionPlan, given: Mapping[in
                 f"FOLDER OWNER/NAME) and say so with --group-repo {number}=OWNER/NAME."
             )
         _check_same(repo_id, revision, number, group["files_sha256"])
-        groups.append({**group, "repo_id": repo_id, "revision": revision})
+        same = known is not None and (known.repo_id, known.revision) == (repo_id, revision)
+        verified = {"verified": known.level} if known is not None and same else {}
+        groups.append({**group, **verified, "repo_id": repo_id, "revision": revision})
     published = {"repo_id": plan.repo_id, "revision": plan.revision, "sha256": plan.sha256}
     return {**manifest, "plan": published, "groups": groups}
 
