@@ -142,6 +142,7 @@ def merged_model_card(
         verified=_verified(manifest["groups"]),
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
         command=Markdown(_merge_command(plan, manifest)),
+        in_repos=all(group.get("repo_id") for group in manifest["groups"]),
         evaluation=_evaluation_table(evaluation) if evaluation else None,
         mergekit_config=fenced(_public_recipe(mergekit_config, manifest), "yaml"),
         versions=_settings(manifest["versions"]),
@@ -193,7 +194,9 @@ def validate_card(text: str) -> None:
 
 def _merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
     """The `merit merge` call that makes this model again."""
-    folders = " ".join(f"groups/{group['group']}" for group in manifest["groups"])
+    groups = manifest["groups"]
+    in_repos = all(group.get("repo_id") for group in groups)
+    folders = " ".join(f"{g['repo_id']}@{g['revision'][:12]}" if in_repos else f"groups/{g['group']}" for g in groups)
     command = f"merit merge {plan.repo_id or 'PLAN'} {folders} --output merged"
     weights = manifest.get("weights", "tokens")
     if weights != "tokens":
