@@ -84,7 +84,7 @@ def read_tensor_index(folder: Path) -> dict[str, TensorInfo]:
     files = sorted(set(mapped.values())) if mapped is not None else [SINGLE_NAME]
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in _read_header(folder / file).items():
+        for name, info in read_header(folder / file).items():
             if name in tensors:
                 raise MeritError(
                     f"{folder}: tensor `{name}` is in both {tensors[name].file} and {file}, and must be in one shard. "
@@ -305,7 +305,8 @@ def _explain_no_weights(folder: Path) -> str:
     return f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}. Give the folder of a checkpoint in safetensors."
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; MeritError where it is not complete."""
     size = path.stat().st_size
     broken = f"{path}: not a complete safetensors file ({size} bytes). Download or save the model again."
     with path.open("rb") as file:

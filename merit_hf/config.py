@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -112,11 +113,16 @@ class MergeSection(_Section):
         weights (`str`, *optional*, defaults to `"tokens"`): `tokens`, `loss_tokens`, `uniform`, or a YAML file that
             maps group to weight.
         out_dtype (`str`, *optional*): of the merged weights. Default: the base's.
+        adapters: of LoRA groups, `dense` (a full checkpoint), `concat` (an adapter of summed rank; both are exact) or
+            `svd` (an adapter of rank `svd_rank`).
+        svd_rank (`int`, *optional*): rank of the merged adapter; required with `svd`.
     """
 
     engine: Literal["safetensors", "mergekit"] = "safetensors"
     weights: str = "tokens"
     out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    adapters: Literal["dense", "concat", "svd"] = "dense"
+    svd_rank: int | None = Field(default=None, ge=1)
 
 
 class HubSection(_Section):
@@ -140,6 +146,7 @@ class MeritConfig(_Section):
     datasets: list[DatasetSection] = Field(min_length=1)
     plan: PlanSection = PlanSection()
     sft: dict[str, Any] = {}
+    peft: dict[str, Any] | None = None
     merge: MergeSection = MergeSection()
     hub: HubSection = HubSection()
     root: Path = Field(default=Path(), exclude=True)
@@ -158,11 +165,12 @@ class MeritConfig(_Section):
             _apply_override(content, override)
         config = cls.from_dict(content, source=str(path), root=path.resolve().parent)
         check_sft(config.sft, str(path))
+        check_peft(config.peft, str(path))
         return config
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], source: str = "config", root: Path = Path()) -> MeritConfig:
-        """Check a mapping; `sft` values are left to [`~MeritConfig.from_yaml`], which asks TRL's SFTConfig."""
+        """Check a mapping; [`~MeritConfig.from_yaml`] also asks TRL and PEFT about the values of `sft` and `peft`."""
         if "root" in content:
             raise ConfigError(f"{source}: unknown key `root`. {_nearest('root', _keys(cls))}")
         try:
@@ -203,6 +211,16 @@ class MeritConfig(_Section):
         untagged = [dataset.name for dataset in self.datasets if dataset.tag is None]
         if self.plan.split == "by_tag" and untagged:
             raise ConfigError(f"{source}: plan.split=by_tag, but dataset `{untagged[0]}` has no `tag`. Give it one.")
+        if self.peft is None and self.merge.adapters != "dense":
+            raise ConfigError(
+                f"{source}: merge.adapters={self.merge.adapters}, but without `peft:` the groups are whole models. "
+                "Leave merge.adapters out, or add `peft:`."
+            )
+        if (self.merge.adapters == "svd") != (self.merge.svd_rank is not None):
+            raise ConfigError(
+                f"{source}: merge.adapters={self.merge.adapters} with merge.svd_rank={self.merge.svd_rank}: `svd` "
+                "needs a rank, and nothing else takes one."
+            )
 
 
 class _Loader(yaml.SafeLoader):
@@ -312,25 +330,38 @@ def check_sft(sft: dict[str, Any], source: str) -> None:
     """Names and types of `sft` against the installed TRL's SFTConfig (imported here: it brings torch)."""
     if not sft:
         return
-    import dataclasses
-
     from trl import SFTConfig
 
-    hints = typing.get_type_hints(SFTConfig)
-    fields = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
-    for key, value in sft.items():
+    _check_fields(sft, "sft", SFTConfig, source)
+
+
+def check_peft(peft: dict[str, Any] | None, source: str) -> None:
+    """Names and types of `peft` against the installed PEFT's LoraConfig (imported here: it brings torch)."""
+    if not peft:
+        return
+    from peft import LoraConfig
+
+    _check_fields(peft, "peft", LoraConfig, source)
+
+
+def _check_fields(values: dict[str, Any], section: str, kind: type, source: str) -> None:
+    import dataclasses
+
+    hints = typing.get_type_hints(kind)
+    fields = [field.name for field in dataclasses.fields(kind) if field.init]
+    for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"{source}: unknown key `sft.{key}` (value {value!r}). {_nearest(key, fields)}")
+            raise ConfigError(f"{source}: unknown key `{section}.{key}` (value {value!r}). {_nearest(key, fields)}")
         if not _fits(value, hints[key]):
-            kind = getattr(hints[key], "__name__", None) or str(hints[key]).replace("typing.", "")
-            raise ConfigError(f"{source}: sft.{key}={value!r} ({type(value).__name__}): expected {kind}.")
+            expected = str(hints[key]).replace("typing.", "") if typing.get_args(hints[key]) else hints[key].__name__
+            raise ConfigError(f"{source}: {section}.{key}={value!r} ({type(value).__name__}): expected {expected}.")
         choices = [member.value for hint in _members(hints[key]) if _is_enum(hint) for member in hint]
         if choices and value is not None and value not in choices:
-            raise ConfigError(f"{source}: sft.{key}={value!r} is not a valid choice. {_nearest(value, choices)}")
+            raise ConfigError(f"{source}: {section}.{key}={value!r} is not a valid choice. {_nearest(value, choices)}")
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_args(hint) and typing.get_origin(hint) is not dict else (hint,)
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _is_enum(hint: Any) -> bool:
@@ -345,7 +376,7 @@ def _fits(value: Any, hint: Any) -> bool:
         if member is type(None) or origin is type(None):
             if value is None:
                 return True
-        elif origin is Any:
+        elif origin is Any or (origin is Literal and value in typing.get_args(member)):
             return True
         elif origin is float:
             if isinstance(value, int | float) and not isinstance(value, bool):

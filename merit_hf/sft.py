@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import enum
 import hashlib
+import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import datasets
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +30,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from merit_hf.adapters import add_adapter, is_adapter, load_adapter
 from merit_hf.config import ConfigError, MeritError
 
 # What decides the trained weights. Every other field of SFTConfig is placement: where and how the same training runs.
@@ -146,15 +149,45 @@ def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> PreT
     return tokenizer
 
 
-def load_model(folder: str | Path, args: SFTConfig | None = None) -> PreTrainedModel:
-    """The base as a causal language model, its weights in float32 unless `sft.model_init_kwargs` says otherwise."""
+def load_model(
+    folder: str | Path, args: SFTConfig | None = None, peft: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """The base as a causal language model, its weights in float32 unless `sft.model_init_kwargs` says otherwise.
+
+    With `peft`, a `PeftModel` of it with a fresh adapter drawn from `sft.seed`; only the adapter trains then.
+
+    Raises:
+        ConfigError: `peft` does not fit the model, or a quantised base without an adapter to train.
+        MeritError: it cannot be loaded, or not quantised as asked on this machine.
+    """
     kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
     kwargs.setdefault("dtype", torch.float32)
+    if kwargs.get("quantization_config") is not None:
+        _check_quantized(peft is not None)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, ImportError) as error:
         raise MeritError(f"{folder}: the model cannot be loaded: {_one_line(error)}") from error
-    return model
+    return model if peft is None else add_adapter(model, peft, SFTConfig.seed if args is None else args.seed)
+
+
+def load_checkpoint(folder: str | Path, base: str | Path, args: SFTConfig) -> PreTrainedModel:
+    """The model in `folder`; where that holds an adapter, the base with it."""
+    return load_adapter(load_model(base, args), folder) if is_adapter(folder) else load_model(folder, args)
+
+
+def _check_quantized(has_adapter: bool) -> None:
+    """A quantised base must be what is asked for: never a silent step back to full weights."""
+    where = "sft.model_init_kwargs.quantization_config"
+    if not has_adapter:
+        raise ConfigError(f"{where}: quantised weights cannot be trained. Add `peft:` to train an adapter on them.")
+    lacking = [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes (`pip install bitsandbytes`)"]
+    lacking += [] if torch.cuda.is_available() else ["a CUDA GPU"]
+    if lacking:
+        raise MeritError(
+            f"{where}: a quantised base needs {' and '.join(lacking)}, not found here. Plan and train where it is, or "
+            "leave it out."
+        )
 
 
 @contextlib.contextmanager
@@ -179,7 +212,11 @@ def open_trainer(
     try:
         yield trainer
     finally:
-        model.__dict__.pop("forward", None)
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        plain.__dict__.pop("forward", None)
+        if plain is not model:
+            # TRL's hook for an adapter under gradient checkpointing would be added once more each time.
+            plain.disable_input_require_grads()
 
 
 @contextlib.contextmanager

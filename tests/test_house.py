@@ -35,6 +35,7 @@ ROAD = [
     "readouts",
     "checkpoint",
     "hub",
+    "adapters",
     "sft",
     "data",
     "resolved",
