@@ -184,6 +184,25 @@ def adapter_settings(folder: str | Path) -> dict[str, Any]:
     return lora_settings(config)
 
 
+def adapter_differences(folder: str | Path, base: str | Path, peft: Mapping[str, Any]) -> list[str]:
+    """What of an adapter in a folder is not as planned, for a verification; empty where all is.
+
+    Args:
+        base (`str` or `Path`): folder of the plan's base. peft: the plan's settings.
+    """
+    expected = expected_adapter_tensors(base, peft)
+    try:
+        settings = adapter_settings(folder)
+        found = {name: info.shape for name, info in read_adapter_index(folder).items()}
+    except MeritError as error:
+        return [str(error)]
+    wrong = [f"{key} is {settings[key]!r}" for key in LORA_FIELDS if settings[key] != peft.get(key)]
+    wrong += [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    wrong += [f"{name} is not planned" for name in sorted(found.keys() - expected.keys())]
+    shared = sorted(expected.keys() & found.keys())
+    return wrong + [f"{n} has shape {list(found[n])}" for n in shared if found[n] != expected[n]]
+
+
 def publish_adapter_config(folder: str | Path, repo_id: str | None, revision: str | None) -> None:
     """Let adapter_config.json name its base by Hub id and commit, or not at all; lists in one order.
 
@@ -216,7 +235,7 @@ class Adapter:
         self._tensors = read_adapter_index(folder)
         names = {module_of(name) for name in self._tensors} - {None}
         self.modules = sorted(name for name in names if name is not None)
-        pairs = {name for module in self.modules for name in _pair(module)}
+        pairs = {name for module in self.modules for name in factor_names(module)}
         wrong = sorted(set(self._tensors) ^ pairs)
         if wrong or not pairs:
             raise MeritError(
@@ -226,7 +245,7 @@ class Adapter:
         self._file = safe_open(self.folder / ADAPTER_NAME, framework="pt")
 
     def rank(self, module: str) -> int:
-        return self._tensors[_pair(module)[0]].shape[0]
+        return self._tensors[factor_names(module)[0]].shape[0]
 
     def scaling(self, module: str) -> float:
         """s of W + s·B·A: alpha/r, or alpha/√r with `use_rslora`, by the module's own rank and alpha."""
@@ -239,7 +258,7 @@ class Adapter:
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(s·B [out, r], A [r, in]) of a module in float64, whose product is what the adapter adds to its weight."""
-        a, b = (self._file.get_tensor(name).to(torch.float64) for name in _pair(module))
+        a, b = (self._file.get_tensor(name).to(torch.float64) for name in factor_names(module))
         return b.mul_(self.scaling(module)), a
 
 
@@ -331,7 +350,8 @@ def weight_of(module: str, base: Weights, folder: Path) -> str:
     return near[0]
 
 
-def _pair(module: str) -> tuple[str, str]:
+def factor_names(module: str) -> tuple[str, str]:
+    """The tensors of A [r, in] and B [out, r] of a module, by their names in an adapter's file."""
     return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
 
 

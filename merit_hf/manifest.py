@@ -148,7 +148,8 @@ def verify_checkpoint(plan: PartitionPlan, folder: str | Path) -> list[Check]:
         *_file_checks(folder, manifest),
     ]
     if plan.local.get("base") and Path(plan.local["base"]).is_dir():
-        checks.append(_tensor_check(folder, Path(plan.local["base"])))
+        base_folder = Path(plan.local["base"])
+        checks.append(_adapter_check(folder, base_folder, plan) if plan.peft else _tensor_check(folder, base_folder))
     return checks
 
 
@@ -214,6 +215,13 @@ def _tensor_check(folder: Path, base: Path) -> Check:
     ]
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return Check("tensors", stated, "; ".join(wrong[:3]) + more or "the same", not wrong)
+
+
+def _adapter_check(folder: Path, base: Path, plan: PartitionPlan) -> Check:
+    from merit_hf.adapters import adapter_differences
+
+    wrong = adapter_differences(folder, base, plan.peft)
+    return Check("tensors", "those of the planned adapter", "; ".join(wrong[:3]) or "the same", not wrong)
 
 
 def _names(plan: PartitionPlan, number: int) -> dict[str, str]:

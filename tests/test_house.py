@@ -55,6 +55,7 @@ ROAD = [
     "launch",
     "average",
     "merge",
+    "adapter_merge",
     "group_merge",
     "evaluate",
     "pipeline",
