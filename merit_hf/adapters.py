@@ -236,11 +236,12 @@ class Adapter:
         names = {module_of(name) for name in self._tensors} - {None}
         self.modules = sorted(name for name in names if name is not None)
         pairs = {name for module in self.modules for name in factor_names(module)}
-        wrong = sorted(set(self._tensors) ^ pairs)
+        wrong = [f"{name} is missing" for name in sorted(pairs - set(self._tensors))]
+        wrong += [f"{name} is no factor of one" for name in sorted(set(self._tensors) - pairs)]
         if wrong or not pairs:
             raise MeritError(
-                f"{self.folder}: not LoRA on linear layers: {wrong[0] if wrong else 'no tensor'} is no factor or "
-                "lacks its partner. Train without what else was adapted."
+                f"{self.folder}: not LoRA on linear layers alone: {wrong[0] if wrong else 'it is empty'}. Train without "
+                "what else was adapted, or save it again."
             )
         self._file = safe_open(self.folder / ADAPTER_NAME, framework="pt")
 

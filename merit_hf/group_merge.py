@@ -79,7 +79,7 @@ def merge_groups(
         else:
             stats = merge_adapters_into(part, folder, folders, values, adapters, svd_rank, progress)
         if plan.peft:
-            recipe = _adapters_recipe(folder, folders, values, stats.out_dtype)
+            recipe = adapters_recipe(folder, folders, values, stats.out_dtype)
             (part / MERGEKIT_CONFIG_NAME).write_text(recipe, encoding="utf-8")
         if plan.base.get("chat_template") is not None:
             # The groups were trained with a template of the plan's, not with the base's own.
@@ -115,7 +115,7 @@ def _check_adapters(
         raise ConfigError(f"out_dtype {out_dtype!r}: a merged adapter is float32. Leave it out, or merge dense.")
 
 
-def _adapters_recipe(base: Path, folders: Sequence[Path], weights: Sequence[float], out_dtype: str) -> str:
+def adapters_recipe(base: Path, folders: Sequence[Path], weights: Sequence[float], out_dtype: str) -> str:
     """The mergekit config of the same dense sum: each model is the base with one adapter on it."""
     adapters = [model_reference(folder) for folder in folders]
     content = yaml.safe_load(mergekit_config(adapters, [weight / sum(weights) for weight in weights], out_dtype))
