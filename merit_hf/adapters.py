@@ -240,8 +240,8 @@ class Adapter:
         wrong += [f"{name} is no factor of one" for name in sorted(set(self._tensors) - pairs)]
         if wrong or not pairs:
             raise MeritError(
-                f"{self.folder}: not LoRA on linear layers alone: {wrong[0] if wrong else 'it is empty'}. Train without "
-                "what else was adapted, or save it again."
+                f"{self.folder}: not LoRA on linear layers alone: {wrong[0] if wrong else 'it is empty'}. Train "
+                "without what else was adapted, or save it again."
             )
         self._file = safe_open(self.folder / ADAPTER_NAME, framework="pt")
 

@@ -281,11 +281,15 @@ def test_adapters_that_do_not_merge(base: Path, base_dir: Path, tmp_path: Path) 
             merge_checkpoints(base, [folder], [1], tmp_path / "out")
         with pytest.raises(MeritError, match=said):
             merged_adapter(base, [folder], tmp_path / f"{name}-out", "concat")
-    ours, theirs = (make_adapter(b, tmp_path / b.parent.name, 0, **PLAIN) for b in (base, base_dir))
-    with pytest.raises(MeritError, match=r"is for a weight of .*the base's is"):
+    other = make_base(tmp_path / "other", hidden_size=64, num_hidden_layers=1)
+    ours, theirs = (make_adapter(b, tmp_path / b.parent.name, 0, **PLAIN) for b in (base, other))
+    with pytest.raises(MeritError, match=r"is for a weight of .*, the base's is"):
         merge_checkpoints(base, [ours, theirs], [1, 1], tmp_path / "out")
     with pytest.raises(MeritError, match="Merge adapters of one base"):
         merged_adapter(base, [ours, theirs], tmp_path / "bases", "concat")
+    deeper = make_adapter(base_dir, tmp_path / "deeper", 0, **PLAIN)
+    with pytest.raises(MeritError, match=r"adapts `model.layers.1.mlp.down_proj`, and 0 tensors of the base"):
+        merge_checkpoints(base, [deeper], [1], tmp_path / "out")
     dora = make_adapter(base, tmp_path / "dora", 0, use_dora=True, **PLAIN)
     with pytest.raises(MeritError, match="use_dora=True is not supported: DoRA"):
         merge_checkpoints(base, [dora], [1], tmp_path / "out")
