@@ -86,7 +86,7 @@ def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
             for d in manifest["datasets"]
         ],
         settings=_settings(manifest["sft"]),
-        lora=_settings({name: value for name, value in manifest.get("peft", {}).items() if value not in ({}, False)}),
+        lora=_lora(manifest.get("peft", {})),
         versions=_settings(manifest["versions"]),
         plan_id=Markdown(plan.repo_id or "PLAN"),
     )
@@ -218,6 +218,11 @@ def _settings(values: Mapping[str, Any]) -> Markdown:
         f"{escape_markdown(name)} {code(str(value))}" for name, value in sorted(values.items()) if value is not None
     ]
     return Markdown(", ".join(told))
+
+
+def _lora(peft: Mapping[str, Any]) -> Markdown:
+    told = {name: ", ".join(value) if isinstance(value, list) else value for name, value in peft.items()}
+    return _settings({name: value for name, value in told.items() if value not in ({}, False)})
 
 
 def _extreme_pairs(plan: PartitionPlan) -> dict[str, Markdown] | None:

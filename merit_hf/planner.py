@@ -39,6 +39,7 @@ from merit_hf.resolved import first_difference, local_settings, published_config
 from merit_hf.sft import (
     build_args,
     chat_template_sha256,
+    check_trainable,
     identity_fields,
     load_model,
     load_tokenizer,
@@ -78,6 +79,7 @@ class MeritPlanner:
         part = output.with_name(output.name + ".part")
         sft, chat_template = take_chat_template(self.config.sft, self.config.root)
         args = build_args(sft)
+        check_trainable(args, self.config.peft)
         if self.config.peft is not None:
             # A field that is not supported is told before anything is read.
             lora_config(self.config.peft)

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import enum
 import hashlib
-import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -51,6 +50,7 @@ BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _UNPACKED = {"packing": False, "padding_free": False, "shuffle_dataset": False}
 # Values under which the tokens of a step, or a resumed training, would not be the planned ones.
 _UNREPEATABLE = {"auto_find_batch_size": True, "ignore_data_skip": True, "save_only_model": True}
+_QUANTIZATION = "sft.model_init_kwargs.quantization_config"
 _OURS = {
     "output_dir": "Give the folder with --output.",
     "resume_from_checkpoint": "Run the same command again to resume.",
@@ -157,37 +157,53 @@ def load_model(
     With `peft`, a `PeftModel` of it with a fresh adapter drawn from `sft.seed`; only the adapter trains then.
 
     Raises:
-        ConfigError: `peft` does not fit the model, or a quantised base without an adapter to train.
+        ConfigError: `peft` does not fit the model.
         MeritError: it cannot be loaded, or not quantised as asked on this machine.
     """
-    kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
+    kwargs = _init_kwargs(args)
     kwargs.setdefault("dtype", torch.float32)
-    if kwargs.get("quantization_config") is not None:
-        _check_quantized(peft is not None)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
-    except (OSError, ValueError, SafetensorError, ImportError) as error:
-        raise MeritError(f"{folder}: the model cannot be loaded: {_one_line(error)}") from error
+    load = _load_quantized if kwargs.get("quantization_config") is not None else _load
+    model = load(folder, kwargs)
     return model if peft is None else add_adapter(model, peft, SFTConfig.seed if args is None else args.seed)
 
 
 def load_checkpoint(folder: str | Path, base: str | Path, args: SFTConfig) -> PreTrainedModel:
-    """The model in `folder`; where that holds an adapter, the base with it."""
-    return load_adapter(load_model(base, args), folder) if is_adapter(folder) else load_model(folder, args)
+    """The model in `folder`; where that holds an adapter, the base with it.
+
+    Not quantised, whatever `args` say: adapters are compared on what they are merged into.
+    """
+    kwargs = {key: value for key, value in _init_kwargs(args).items() if key != "quantization_config"}
+    with _replaced(args, model_init_kwargs=kwargs):
+        return load_adapter(load_model(base, args), folder) if is_adapter(folder) else load_model(folder, args)
 
 
-def _check_quantized(has_adapter: bool) -> None:
-    """A quantised base must be what is asked for: never a silent step back to full weights."""
-    where = "sft.model_init_kwargs.quantization_config"
-    if not has_adapter:
-        raise ConfigError(f"{where}: quantised weights cannot be trained. Add `peft:` to train an adapter on them.")
-    lacking = [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes (`pip install bitsandbytes`)"]
-    lacking += [] if torch.cuda.is_available() else ["a CUDA GPU"]
-    if lacking:
-        raise MeritError(
-            f"{where}: a quantised base needs {' and '.join(lacking)}, not found here. Plan and train where it is, or "
-            "leave it out."
-        )
+def check_trainable(args: SFTConfig, peft: Mapping[str, Any] | None) -> None:
+    """Raises ConfigError where a quantised base is to be trained itself."""
+    if peft is None and _init_kwargs(args).get("quantization_config") is not None:
+        raise ConfigError(f"{_QUANTIZATION}: quantised weights cannot be trained. Add `peft:` to train an adapter.")
+
+
+def _init_kwargs(args: SFTConfig | None) -> dict[str, Any]:
+    return dict(getattr(args, "model_init_kwargs", None) or {})
+
+
+def _load(folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise MeritError(f"{folder}: the model cannot be loaded: {_one_line(error)}") from error
+
+
+def _load_quantized(folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Quantised as asked or not at all: never a silent step back to full weights."""
+    cure = "Install what it needs (`pip install 'merit_hf[qlora]'`), run where it can, or leave it out."
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
+    except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
+        raise MeritError(f"{_QUANTIZATION}: {folder} cannot be quantised here: {_one_line(error)} {cure}") from error
+    if getattr(model, "hf_quantizer", None) is None:
+        raise MeritError(f"{_QUANTIZATION}: {folder} was loaded without being quantised. {cure}")
+    return model
 
 
 @contextlib.contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_adapter_merge import PLAIN, SHAPE
 from tiny import make_adapter, make_base
 
@@ -23,7 +23,7 @@ from merit_hf.adapters import (
     read_adapter_index,
 )
 from merit_hf.config import ConfigError, MeritConfig, MeritError
-from merit_hf.sft import build_args, load_model
+from merit_hf.sft import build_args, check_trainable, load_model
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,14 @@ def test_a_mistake_in_the_block_is_one_line(override: str, said: str, tiny_confi
 def test_a_quantised_base_is_never_silently_a_whole_one(base_dir: Path) -> None:
     args = build_args({"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}})
     with pytest.raises(ConfigError, match=r"quantised weights cannot be trained. Add `peft:`"):
-        load_model(base_dir, args)
-    if not torch.cuda.is_available():
-        with pytest.raises(MeritError, match=r"quantization_config: a quantised base needs .*a CUDA GPU, not found"):
-            load_model(base_dir, args, {"r": 2})
+        check_trainable(args, None)
+    check_trainable(args, {})
+    if importlib.util.find_spec("bitsandbytes"):
+        model = load_model(base_dir, args, {"r": 2})
+        assert "4bit" in type(model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")).__name__
+        return
+    with pytest.raises(
+        MeritError, match=r"quantization_config: .* cannot be quantised here: .*bitsandbytes"
+    ) as caught:
+        load_model(base_dir, args, {"r": 2})
+    assert "\n" not in str(caught.value)

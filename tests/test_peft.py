@@ -330,3 +330,23 @@ def test_the_whole_road(tmp_path: Path) -> None:
         assert (tmp_path / made / made).is_file()
     again = load_file(tmp_path / "adapter_model.safetensors" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in merged.items())
+
+
+def test_groups_on_a_quantised_base(tmp_path: Path) -> None:
+    """QLoRA: the adapters are merged into the base as it is stored, and evaluated on that."""
+    pytest.importorskip("bitsandbytes")
+    config = make_mixture(tmp_path, count=8)
+    quantised = "sft.model_init_kwargs={quantization_config: {load_in_4bit: true}}"
+    with pytest.raises(ConfigError, match="quantised weights cannot be trained"):
+        MeritPlanner(MeritConfig.from_yaml(config, [quantised]), QUIET).plan(tmp_path / "plan")
+    plan = MeritPlanner(MeritConfig.from_yaml(config, [*LORA, quantised]), QUIET).plan(tmp_path / "plan")
+    groups = [train_group(plan, k, tmp_path / str(k), progress=QUIET) for k in range(2)]
+    for folder in groups:
+        assert [check for check in verify_checkpoint(plan, folder) if not check.ok] == []
+    merge_groups(plan, groups, tmp_path / "merged")
+    base, merged = (load_file(f / "model.safetensors") for f in (plan.base_folder(), tmp_path / "merged"))
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {name for name in base if "q_proj" in name or "down_proj" in name}
+    models = {"base": plan.base_folder(), "group-0": groups[0], "merged": tmp_path / "merged"}
+    mean = evaluate_models(plan, models, progress=QUIET)["mean"]
+    assert len(set(mean.values())) == 3
