@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from merit_hf.adapters import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Adapter, factor_names
+from merit_hf.adapted import Adapter, factor_names
+from merit_hf.adapters import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from merit_hf.checkpoint import side_files
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.merge import MergeStats, normalised_weights

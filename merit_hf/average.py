@@ -18,7 +18,8 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 
-from merit_hf.adapters import AdaptedCheckpoint, is_adapter
+from merit_hf.adapted import AdaptedCheckpoint
+from merit_hf.adapters import is_adapter
 from merit_hf.checkpoint import TensorInfo, read_model_config, read_tensor_index
 from merit_hf.config import MeritError
 

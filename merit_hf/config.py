@@ -7,15 +7,15 @@ Every mistake is a [`ConfigError`] of one line: file, key, value found, what is 
 
 from __future__ import annotations
 
-import difflib
 import re
-import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from merit_hf.fields import check_fields, nearest
 
 
 class MeritError(Exception):
@@ -172,7 +172,7 @@ class MeritConfig(_Section):
     def from_dict(cls, content: dict[str, Any], source: str = "config", root: Path = Path()) -> MeritConfig:
         """Check a mapping; [`~MeritConfig.from_yaml`] also asks TRL and PEFT about the values of `sft` and `peft`."""
         if "root" in content:
-            raise ConfigError(f"{source}: unknown key `root`. {_nearest('root', _keys(cls))}")
+            raise ConfigError(f"{source}: unknown key `root`. {nearest('root', _keys(cls))}")
         try:
             config = cls.model_validate({**content, "root": root})
         except ValidationError as error:
@@ -267,7 +267,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             named = {item.get("name"): item for item in node if isinstance(item, dict)}
             if part not in named:
-                raise ConfigError(f"override `{override}`: no dataset is named `{part}`. {_nearest(part, named)}")
+                raise ConfigError(f"override `{override}`: no dataset is named `{part}`. {nearest(part, named)}")
             node = named[part]
             continue
         if node.get(part) is None:
@@ -285,12 +285,6 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 def _keys(model: Any) -> list[str]:
     return [name for name, field in model.model_fields.items() if not field.exclude]
-
-
-def _nearest(key: object, choices: typing.Iterable[Any]) -> str:
-    names = [str(choice) for choice in choices]
-    match = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    return f"Did you mean `{match[0]}`?" if match else f"Valid: {', '.join(names)}."
 
 
 def _section_of(location: tuple[int | str, ...]) -> type[BaseModel]:
@@ -315,13 +309,13 @@ def _explain(error: ValidationError, content: dict[str, Any], source: str) -> st
     kind, context = first["type"], first.get("ctx", {})
     if kind == "extra_forbidden":
         return (
-            f"{source}: unknown key `{key}` (value {value!r}). {_nearest(location[-1], _keys(_section_of(location)))}"
+            f"{source}: unknown key `{key}` (value {value!r}). {nearest(location[-1], _keys(_section_of(location)))}"
         )
     if kind == "missing":
         return f"{source}: `{key}` is missing and has no default. Add it."
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
-        return f"{source}: {key}={value!r} is not one of {', '.join(choices)}. {_nearest(value, choices)}"
+        return f"{source}: {key}={value!r} is not one of {', '.join(choices)}. {nearest(value, choices)}"
     expected = first["msg"].replace("Input should be ", "").replace("a valid ", "")
     return f"{source}: {key}={value!r} ({type(value).__name__}): expected {expected}."
 
@@ -345,48 +339,7 @@ def check_peft(peft: dict[str, Any] | None, source: str) -> None:
 
 
 def _check_fields(values: dict[str, Any], section: str, kind: type, source: str) -> None:
-    import dataclasses
-
-    hints = typing.get_type_hints(kind)
-    fields = [field.name for field in dataclasses.fields(kind) if field.init]
-    for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(f"{source}: unknown key `{section}.{key}` (value {value!r}). {_nearest(key, fields)}")
-        if not _fits(value, hints[key]):
-            expected = str(hints[key]).replace("typing.", "") if typing.get_args(hints[key]) else hints[key].__name__
-            raise ConfigError(f"{source}: {section}.{key}={value!r} ({type(value).__name__}): expected {expected}.")
-        choices = [member.value for hint in _members(hints[key]) if _is_enum(hint) for member in hint]
-        if choices and value is not None and value not in choices:
-            raise ConfigError(f"{source}: {section}.{key}={value!r} is not a valid choice. {_nearest(value, choices)}")
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _is_enum(hint: Any) -> bool:
-    import enum
-
-    return isinstance(hint, type) and issubclass(hint, enum.Enum)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    for member in _members(hint):
-        origin = typing.get_origin(member) or member
-        if member is type(None) or origin is type(None):
-            if value is None:
-                return True
-        elif origin is Any or (origin is Literal and value in typing.get_args(member)):
-            return True
-        elif origin is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return True
-        elif origin is int:
-            if isinstance(value, int) and not isinstance(value, bool):
-                return True
-        elif _is_enum(origin):
-            if isinstance(value, str):
-                return True
-        elif isinstance(origin, type) and isinstance(value, origin):
-            return True
-    return False
+    try:
+        check_fields(values, section, kind)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None

@@ -18,10 +18,9 @@ from test_merge import assert_nearest, load, needs_mergekit
 from tiny import make_adapter, make_base
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from merit_hf.adapted import AdaptedCheckpoint, Adapter
 from merit_hf.adapter_merge import merge_adapters_into, product_norm, truncate
 from merit_hf.adapters import (
-    AdaptedCheckpoint,
-    Adapter,
     adapter_settings,
     is_adapter,
 )

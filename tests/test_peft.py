@@ -332,6 +332,7 @@ def test_the_whole_road(tmp_path: Path) -> None:
     assert all(torch.equal(again[name], value) for name, value in merged.items())
 
 
+@pytest.mark.slow
 def test_groups_on_a_quantised_base(tmp_path: Path) -> None:
     """QLoRA: the adapters are merged into the base as it is stored, and evaluated on that."""
     pytest.importorskip("bitsandbytes")
