@@ -253,6 +253,22 @@ def test_a_killed_training_of_an_adapter(plan: PartitionPlan, tmp_path: Path) ->
             assert (tmp_path / "0" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
+def test_two_processes_train_the_adapter_of_one(tmp_path: Path) -> None:
+    config = make_mixture(tmp_path, count=12)
+    plan = MeritPlanner(MeritConfig.from_yaml(config, [*LORA[:2], "plan.split=random"]), QUIET).plan(tmp_path / "plan")
+    one = train_group(plan, 0, tmp_path / "one", progress=QUIET)
+    command = ["--config_file", jobs.ROOT / "recipes/accelerate_configs/cpu_2.yaml"]
+    command += [jobs.ROOT / "recipes/train_group.py", tmp_path / "plan", "--group", 0, "--output", tmp_path / "two"]
+    done = jobs.launch([*command, "--num-processes", 2, "sft.per_device_train_batch_size=2"])
+    assert done.returncode == 0, done.stderr
+    assert [check for check in verify_checkpoint(plan, tmp_path / "two") if not check.ok] == []
+    assert read_manifest(tmp_path / "two")["num_processes"] == 2
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, tmp_path / "two"))
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-5, msg=name)
+
+
 # What becomes of the groups
 
 
