@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 
+from merit_hf.adapted import AdaptedCheckpoint
+from merit_hf.adapters import is_adapter
 from merit_hf.checkpoint import TensorInfo, read_model_config, read_tensor_index
 from merit_hf.config import MeritError
 
@@ -48,16 +50,20 @@ class Checkpoint:
 
 
 def align(base: Path, folders: Sequence[Path]) -> list[Checkpoint]:
-    """Open base and groups after checking, by headers, that they hold the same tensors.
+    """Open base and groups (whole or LoRA adapters) after checking, by headers, that they hold the same tensors.
 
     A tied tensor (say `lm_head.weight`) that only some of them store is left out, as transformers does when it saves.
 
     Raises:
         MeritError: keys, shapes or kinds of dtype differ (the first three are named), or the weights are quantised.
     """
-    checkpoints = [Checkpoint(folder) for folder in (base, *folders)]
+    origin = Checkpoint(base)
+    # An adapter reads like the whole checkpoint that it makes of the base.
+    adapted = {folder: AdaptedCheckpoint(origin, folder) for folder in folders if is_adapter(folder)}
+    checkpoints = [origin, *(cast(Checkpoint, adapted.get(folder) or Checkpoint(folder)) for folder in folders)]
     for checkpoint in checkpoints:
-        _refuse_quantised(checkpoint)
+        if checkpoint.folder not in adapted:
+            _refuse_quantised(checkpoint)
     shared = set.intersection(*(set(checkpoint.tensors) for checkpoint in checkpoints))
     if any(len(checkpoint.tensors) > len(shared) for checkpoint in checkpoints) and _ties_embeddings(base):
         for checkpoint in checkpoints:

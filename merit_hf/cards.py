@@ -74,11 +74,13 @@ def plan_dataset_card(plan: PartitionPlan) -> str:
 def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
     """README.md of a group checkpoint."""
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if manifest.get("peft") else "transformers",
         base_model=manifest["base"].get("repo_id"),
-        base_model_relation="finetune" if manifest["base"].get("repo_id") else None,
+        base_model_relation=("adapter" if manifest.get("peft") else "finetune")
+        if manifest["base"].get("repo_id")
+        else None,
         datasets=_hub_datasets(manifest["datasets"]) or None,
-        tags=["merit", "merit-group", "sft", "trl"],
+        tags=["merit", "merit-group", "sft", "trl", *(["lora"] if manifest.get("peft") else [])],
     )
     return _render(
         "group_model_card.md",
@@ -92,6 +94,7 @@ def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
             for d in manifest["datasets"]
         ],
         settings=_settings(manifest["sft"]),
+        lora=_lora(manifest.get("peft", {})),
         versions=_settings(manifest["versions"]),
         plan_id=Markdown(plan.repo_id or "PLAN"),
     )
@@ -115,10 +118,14 @@ def merged_model_card(
         parents = [manifest["base"]["repo_id"]] if manifest["base"].get("repo_id") else []
     merged = {group["group"] for group in manifest["groups"]}
     members = {group.group: _names(group.datasets) for group in plan.groups}
+    is_adapter = manifest.get("adapters", "dense") != "dense"
+    if is_adapter:
+        # What loads it is its base; the groups are its sources.
+        parents = [manifest["base"]["repo_id"]] if manifest["base"].get("repo_id") else []
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         base_model=parents or None,
-        base_model_relation="merge" if parents else None,
+        base_model_relation=("adapter" if is_adapter else "merge") if parents else None,
         datasets=_hub_datasets([{"repo_id": d.repo_id} for d in plan.datasets if d.group in merged]) or None,
         license=licence,
         tags=["merge", "mergekit", "merit"],
@@ -203,6 +210,10 @@ def _merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
         command += f" --weights {'weights.yaml' if weights == 'file' else weights}"
     if manifest.get("engine", "safetensors") != "safetensors":
         command += f" --engine {manifest['engine']}"
+    if manifest.get("adapters", "dense") != "dense":
+        command += f" --adapters {manifest['adapters']}"
+    if manifest.get("svd_rank"):
+        command += f" --svd-rank {manifest['svd_rank']}"
     if manifest.get("asked_out_dtype"):
         command += f" --out-dtype {manifest['asked_out_dtype']}"
     return command + (" --allow-missing" if len(manifest["groups"]) < plan.num_groups else "")
@@ -258,6 +269,11 @@ def _settings(values: Mapping[str, Any]) -> Markdown:
         f"{escape_markdown(name)} {code(str(value))}" for name, value in sorted(values.items()) if value is not None
     ]
     return Markdown(", ".join(told))
+
+
+def _lora(peft: Mapping[str, Any]) -> Markdown:
+    told = {name: ", ".join(value) if isinstance(value, list) else value for name, value in peft.items()}
+    return _settings({name: value for name, value in told.items() if value not in ({}, False)})
 
 
 def _extreme_pairs(plan: PartitionPlan) -> dict[str, Markdown] | None:
@@ -333,11 +349,14 @@ def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:
     """The recipe with every local folder named after the group it holds."""
     content = yaml.safe_load(mergekit_config)
     numbers = [group["group"] for group in manifest["groups"]]
-    names: dict[str, str] = {}
     for model, number in zip(content.get("models", []), numbers, strict=False):
-        if find_local_paths(str(model["model"])) or str(model["model"]).startswith("/"):
-            names[model["model"]] = f"groups/{number}"
-            model["model"] = names[model["model"]]
-    if content.get("base_model") in names:
-        content["base_model"] = names[content["base_model"]]
+        shown = model["model"]
+        if find_local_paths(str(shown)) or str(shown).startswith("/"):
+            model["model"] = f"groups/{number}"
+            if isinstance(shown, dict) and "lora" in shown:
+                base = manifest["base"]
+                model["model"] = f"{base['repo_id']}@{base['revision']}" if base.get("repo_id") else "BASE"
+                model["model"] += f"+groups/{number}"
+    if content.get("models"):
+        content["base_model"] = content["models"][0]["model"]
     return hide_local_paths(yaml.safe_dump(content, sort_keys=False))

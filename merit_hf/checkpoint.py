@@ -87,7 +87,7 @@ def read_tensor_index(folder: Path, file: str | None = None) -> dict[str, Tensor
     files = sorted(set(mapped.values())) if mapped is not None else [file or SINGLE_NAME]
     tensors: dict[str, TensorInfo] = {}
     for shard in files:
-        for name, info in _read_header(folder / shard).items():
+        for name, info in read_header(folder / shard).items():
             if name in tensors:
                 raise MeritError(
                     f"{folder}: tensor `{name}` is in both {tensors[name].file} and {shard}, and must be in one "
@@ -308,7 +308,8 @@ def _explain_no_weights(folder: Path) -> str:
     return f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}. Give the folder of a checkpoint in safetensors."
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; MeritError where it is not complete."""
     size = path.stat().st_size
     broken = f"{path}: not a complete safetensors file ({size} bytes). Download or save the model again."
     with path.open("rb") as file:

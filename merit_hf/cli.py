@@ -111,6 +111,10 @@ def merge(
     ] = None,
     exclude: Annotated[Optional[list[int]], typer.Option(help="Leave a group out; may be given again.")] = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Merge fewer groups than planned.")] = False,
+    adapters: Annotated[
+        Optional[str], typer.Option(help="LoRA groups become: dense (a full model, default), concat or svd.")
+    ] = None,
+    svd_rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the merged adapter, for svd.")] = None,
     debug: Debug = False,
 ) -> None:
     """Verify the groups and average them, weighted by tokens."""
@@ -126,12 +130,15 @@ def merge(
         loaded = PartitionPlan.from_pretrained(plan)
         chosen = checkpoints or accepted_checkpoints(loaded)
         section = loaded.config["merge"]
+        form = adapters or section.get("adapters", "dense")
         with Progress().stage("Merging", unit="tensors") as stage:
             merge_groups(
                 loaded, chosen, output, engine=engine or section["engine"],
                 weights=weights or loaded.local.get("merge_weights") or section["weights"],
                 out_dtype=out_dtype or section["out_dtype"],
-                exclude=tuple(exclude or ()), allow_missing=allow_missing, progress=stage.update,
+                exclude=tuple(exclude or ()), allow_missing=allow_missing,
+                adapters=form, svd_rank=svd_rank or (section.get("svd_rank") if form == "svd" else None),
+                progress=stage.update,
             )  # fmt: skip
         say(merge_summary(read_manifest(output)["stats"]))
         say(f"The merged model is in {output}. Next: merit evaluate {output} --plan {plan} --output {output.parent}")

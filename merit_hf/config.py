@@ -7,7 +7,6 @@ Every mistake is a [`ConfigError`] of one line: file, key, value found, what is 
 
 from __future__ import annotations
 
-import difflib
 import re
 import typing
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from merit_hf.fields import check_fields, nearest
 
 
 class MeritError(Exception):
@@ -112,11 +113,16 @@ class MergeSection(_Section):
         weights (`str`, *optional*, defaults to `"tokens"`): `tokens`, `loss_tokens`, `uniform`, or a YAML file that
             maps group to weight.
         out_dtype (`str`, *optional*): of the merged weights. Default: the base's.
+        adapters: of LoRA groups, `dense` (a full checkpoint), `concat` (an adapter of summed rank; both are exact) or
+            `svd` (an adapter of rank `svd_rank`).
+        svd_rank (`int`, *optional*): rank of the merged adapter; required with `svd`.
     """
 
     engine: Literal["safetensors", "mergekit"] = "safetensors"
     weights: str = "tokens"
     out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    adapters: Literal["dense", "concat", "svd"] = "dense"
+    svd_rank: int | None = Field(default=None, ge=1)
 
 
 class HubSection(_Section):
@@ -143,6 +149,7 @@ class MeritConfig(_Section):
     datasets: list[DatasetSection] = Field(min_length=1)
     plan: PlanSection = PlanSection()
     sft: dict[str, Any] = {}
+    peft: dict[str, Any] | None = None
     merge: MergeSection = MergeSection()
     hub: HubSection = HubSection()
     root: Path = Field(default=Path(), exclude=True)
@@ -161,13 +168,14 @@ class MeritConfig(_Section):
             _apply_override(content, override)
         config = cls.from_dict(content, source=str(path), root=path.resolve().parent)
         check_sft(config.sft, str(path))
+        check_peft(config.peft, str(path))
         return config
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], source: str = "config", root: Path = Path()) -> MeritConfig:
-        """Check a mapping; `sft` values are left to [`~MeritConfig.from_yaml`], which asks TRL's SFTConfig."""
+        """Check a mapping; [`~MeritConfig.from_yaml`] also asks TRL and PEFT about the values of `sft` and `peft`."""
         if "root" in content:
-            raise ConfigError(f"{source}: unknown key `root`. {_nearest('root', _keys(cls))}")
+            raise ConfigError(f"{source}: unknown key `root`. {nearest('root', _keys(cls))}")
         try:
             config = cls.model_validate({**content, "root": root})
         except ValidationError as error:
@@ -206,6 +214,16 @@ class MeritConfig(_Section):
         untagged = [dataset.name for dataset in self.datasets if dataset.tag is None]
         if self.plan.split == "by_tag" and untagged:
             raise ConfigError(f"{source}: plan.split=by_tag, but dataset `{untagged[0]}` has no `tag`. Give it one.")
+        if self.peft is None and self.merge.adapters != "dense":
+            raise ConfigError(
+                f"{source}: merge.adapters={self.merge.adapters}, but without `peft:` the groups are whole models. "
+                "Leave merge.adapters out, or add `peft:`."
+            )
+        if (self.merge.adapters == "svd") != (self.merge.svd_rank is not None):
+            raise ConfigError(
+                f"{source}: merge.adapters={self.merge.adapters} with merge.svd_rank={self.merge.svd_rank}: `svd` "
+                "needs a rank, and nothing else takes one."
+            )
 
 
 class _Loader(yaml.SafeLoader):
@@ -252,7 +270,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             named = {item.get("name"): item for item in node if isinstance(item, dict)}
             if part not in named:
-                raise ConfigError(f"override `{override}`: no dataset is named `{part}`. {_nearest(part, named)}")
+                raise ConfigError(f"override `{override}`: no dataset is named `{part}`. {nearest(part, named)}")
             node = named[part]
             continue
         if node.get(part) is None:
@@ -270,12 +288,6 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 def _keys(model: Any) -> list[str]:
     return [name for name, field in model.model_fields.items() if not field.exclude]
-
-
-def _nearest(key: object, choices: typing.Iterable[Any]) -> str:
-    names = [str(choice) for choice in choices]
-    match = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    return f"Did you mean `{match[0]}`?" if match else f"Valid: {', '.join(names)}."
 
 
 def _section_of(location: tuple[int | str, ...]) -> type[BaseModel]:
@@ -300,13 +312,13 @@ def _explain(error: ValidationError, content: dict[str, Any], source: str) -> st
     kind, context = first["type"], first.get("ctx", {})
     if kind == "extra_forbidden":
         return (
-            f"{source}: unknown key `{key}` (value {value!r}). {_nearest(location[-1], _keys(_section_of(location)))}"
+            f"{source}: unknown key `{key}` (value {value!r}). {nearest(location[-1], _keys(_section_of(location)))}"
         )
     if kind == "missing":
         return f"{source}: `{key}` is missing and has no default. Add it."
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
-        return f"{source}: {key}={value!r} is not one of {', '.join(choices)}. {_nearest(value, choices)}"
+        return f"{source}: {key}={value!r} is not one of {', '.join(choices)}. {nearest(value, choices)}"
     expected = first["msg"].replace("Input should be ", "").replace("a valid ", "")
     return f"{source}: {key}={value!r} ({type(value).__name__}): expected {expected}."
 
@@ -315,50 +327,22 @@ def check_sft(sft: dict[str, Any], source: str) -> None:
     """Names and types of `sft` against the installed TRL's SFTConfig (imported here: it brings torch)."""
     if not sft:
         return
-    import dataclasses
-
     from trl import SFTConfig
 
-    hints = typing.get_type_hints(SFTConfig)
-    fields = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
-    for key, value in sft.items():
-        if key not in fields:
-            raise ConfigError(f"{source}: unknown key `sft.{key}` (value {value!r}). {_nearest(key, fields)}")
-        if not _fits(value, hints[key]):
-            kind = getattr(hints[key], "__name__", None) or str(hints[key]).replace("typing.", "")
-            raise ConfigError(f"{source}: sft.{key}={value!r} ({type(value).__name__}): expected {kind}.")
-        choices = [member.value for hint in _members(hints[key]) if _is_enum(hint) for member in hint]
-        if choices and value is not None and value not in choices:
-            raise ConfigError(f"{source}: sft.{key}={value!r} is not a valid choice. {_nearest(value, choices)}")
+    _check_fields(sft, "sft", SFTConfig, source)
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_args(hint) and typing.get_origin(hint) is not dict else (hint,)
+def check_peft(peft: dict[str, Any] | None, source: str) -> None:
+    """Names and types of `peft` against the installed PEFT's LoraConfig (imported here: it brings torch)."""
+    if not peft:
+        return
+    from peft import LoraConfig
+
+    _check_fields(peft, "peft", LoraConfig, source)
 
 
-def _is_enum(hint: Any) -> bool:
-    import enum
-
-    return isinstance(hint, type) and issubclass(hint, enum.Enum)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    for member in _members(hint):
-        origin = typing.get_origin(member) or member
-        if member is type(None) or origin is type(None):
-            if value is None:
-                return True
-        elif origin is Any:
-            return True
-        elif origin is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return True
-        elif origin is int:
-            if isinstance(value, int) and not isinstance(value, bool):
-                return True
-        elif _is_enum(origin):
-            if isinstance(value, str):
-                return True
-        elif isinstance(origin, type) and isinstance(value, origin):
-            return True
-    return False
+def _check_fields(values: dict[str, Any], section: str, kind: type, source: str) -> None:
+    try:
+        check_fields(values, section, kind)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None

@@ -21,7 +21,7 @@ from merit_hf.gradients import batch_by_tokens, sample_indices
 from merit_hf.mixture import plan_specs, prepare_dataset, read_mixture
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
-from merit_hf.sft import build_args, collate, load_model, load_tokenizer, loss_sum, open_loss
+from merit_hf.sft import build_args, collate, load_checkpoint, load_tokenizer, loss_sum, open_loss
 
 EVALUATION_NAME = "evaluation.json"
 
@@ -58,7 +58,7 @@ def evaluate_models(
     losses: dict[str, dict[str, float]] = {}
     rows: dict[str, datasets.Dataset] = {}
     for label, folder in models.items():
-        model = load_model(folder, args)
+        model = load_checkpoint(folder, base, args)
         if not rows:
             rows = _held_out(loaded, model, tokenizer, args, num_samples)
         losses[label] = _losses(label, model, tokenizer, args, rows, tokens_per_batch, progress)

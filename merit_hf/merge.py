@@ -110,7 +110,7 @@ def merge_into(
     """[`merge_checkpoints`] into an existing empty folder, for callers that add files before they rename it."""
     start = time.monotonic()
     folders = [Path(checkpoint).resolve() for checkpoint in checkpoints]
-    fractions = _fractions(folders, weights)
+    fractions = normalised_weights(folders, weights)
     _check_choice("engine", engine, ("safetensors", "mergekit"))
     _check_choice("out_dtype", out_dtype, (None, *_OUT_DTYPES))
     origin, *groups = align(Path(base), folders)
@@ -179,7 +179,8 @@ def model_reference(folder: Path) -> str:
     return f"{found[1].replace('--', '/')}@{found[2]}" if found else str(folder)
 
 
-def _fractions(folders: Sequence[Path], weights: Sequence[float]) -> list[float]:
+def normalised_weights(folders: Sequence[Path], weights: Sequence[float]) -> list[float]:
+    """Weights that sum to 1; ConfigError where one is not positive and finite, or a folder is listed twice."""
     if not folders:
         raise ConfigError("no checkpoints to merge: give at least one.")
     if len(weights) != len(folders):

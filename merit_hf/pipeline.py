@@ -80,7 +80,8 @@ def run_all(
         with progress.stage("Merging", unit="tensors") as stage:
             merge_groups(
                 plan, groups, merged, engine=config.merge.engine, weights=_weights(config),
-                out_dtype=config.merge.out_dtype, progress=stage.update,
+                out_dtype=config.merge.out_dtype, adapters=config.merge.adapters, svd_rank=config.merge.svd_rank,
+                progress=stage.update,
             )  # fmt: skip
     models = {"base": plan.base_folder(), **({"joint": joint_model} if joint_model else {})}
     models |= {f"group-{number}": folder for number, folder in enumerate(groups)} | {"merged": merged}
@@ -110,12 +111,16 @@ def _check_merged(config: MeritConfig, plan: PartitionPlan, merged: Path) -> Non
         "merge.engine": config.merge.engine,
         "merge.out_dtype": config.merge.out_dtype,
         "merge.weights": [value / sum(values) for value in values],
+        "merge.adapters": config.merge.adapters,
+        "merge.svd_rank": config.merge.svd_rank,
     }
     found = {
         "plan": manifest["plan"]["sha256"],
         "merge.engine": manifest["engine"],
         "merge.out_dtype": manifest.get("asked_out_dtype"),
         "merge.weights": [group["weight"] for group in manifest["groups"]],
+        "merge.adapters": manifest.get("adapters", "dense"),
+        "merge.svd_rank": manifest.get("svd_rank"),
     }
     for key, value in wanted.items():
         if found[key] != value:

@@ -305,14 +305,23 @@ def _public_recipe(folder: Path, manifest: Mapping[str, Any]) -> str:
     """mergekit_config.yml with every path of this machine replaced by the repo that holds the same checkpoint."""
     recipe = yaml.safe_load((folder / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8"))
     repos = [f"{group['repo_id']}@{group['revision']}" for group in manifest["groups"]]
-    before = [model["model"] for model in recipe["models"]]
-    renamed = {json.dumps(old): new for old, new in zip(before, repos, strict=True)}
-    for model in recipe["models"]:
-        model["model"] = renamed[json.dumps(model["model"])]
-    base = json.dumps(recipe["base_model"])
-    if base in renamed:
-        recipe["base_model"] = renamed[base]
+    if len(recipe["models"]) != len(repos):
+        raise MeritError(f"{folder / MERGEKIT_CONFIG_NAME}: {len(recipe['models'])} models, merged were {len(repos)}.")
+    base = manifest["base"]
+    for model, repo in zip(recipe["models"], repos, strict=True):
+        if isinstance(model["model"], dict) and "lora" in model["model"]:
+            if base["repo_id"] is None:
+                raise ConfigError("the adapters' base is in no repo, so nobody could make this model again.")
+            model["model"] = {"model": _long_form(f"{base['repo_id']}@{base['revision']}"), "lora": _long_form(repo)}
+        else:
+            model["model"] = repo
+    recipe["base_model"] = json.loads(json.dumps(recipe["models"][0]["model"]))
     return str(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000))
+
+
+def _long_form(reference: str) -> dict[str, str]:
+    path, _, revision = reference.partition("@")
+    return {"path": path, "revision": revision}
 
 
 def _eval_result_files(plan: PartitionPlan, evaluation: Mapping[str, Any]) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import HubFile, fetch_files, list_files, pin_revision, read_file, read_tensor_headers
 from merit_hf.registry import is_repo_id
 
+# As PEFT calls it; `adapters`, which brings torch, is not needed to see that it is there.
 ADAPTER_NAME = "adapter_model.safetensors"
 
 

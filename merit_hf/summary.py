@@ -91,6 +91,8 @@ def merge_summary(stats: Mapping[str, Any]) -> str:
         f"{stats['displacement']:.3f}, of the groups {moved}. The final cast changes it by {stats['cast_loss']:.4f} "
         f"({share:.1%})."
     )
+    if stats.get("relative_error"):
+        text += f" Cut to rank {stats['rank']}, it leaves out {stats['relative_error']:.2%} of the mean update."
     if share > MUCH_CAST_LOSS:
         text += (
             " That rounds away much of what was learnt: keep it with merge.out_dtype=float32 (--out-dtype float32)."

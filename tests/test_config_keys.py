@@ -205,6 +205,10 @@ def test_a_key_changes_the_merge(
     assert merged(*trained, tmp_path, **{key.partition(".")[2]: value})[part] != merged_by_default[part]
 
 
+# In test_peft.py, test_the_whole_road and test_merged_groups: they mean nothing without LoRA groups.
+ADAPTER_KEYS = ("merge.adapters", "merge.svd_rank")
+
+
 @pytest.fixture(scope="module")
 def hub() -> Iterator[HubServer]:
     with HubServer() as server:
@@ -332,7 +336,7 @@ def test_a_placement_field_of_sft_changes_how_it_is_trained_but_not_the_plan(mix
 
 
 def test_every_key_has_a_case() -> None:
-    cases = [*PLAN_CASES, *ROW_CASES, *MERGE_CASES, *HUB_KEYS, *PUSH_KEYS]
+    cases = [*PLAN_CASES, *ROW_CASES, *MERGE_CASES, *ADAPTER_KEYS, *HUB_KEYS, *PUSH_KEYS]
     assert len(cases) == len(set(cases))
     assert set(cases) == KEYS
-    assert set(MeritConfig.model_fields) == {*SECTIONS, "sft", "root"}
+    assert set(MeritConfig.model_fields) == {*SECTIONS, "sft", "peft", "root"}
