@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import yaml
 
-from merit_hf.average import FLOATS, Average, Checkpoint, align, dtype_name
+from merit_hf.align import FLOATS, Checkpoint, align
+from merit_hf.average import Average, dtype_name
 from merit_hf.checkpoint import ShardWriter, TensorInfo, atomic_folder, read_model_config, side_files
 from merit_hf.config import ConfigError, MeritError
 
@@ -125,8 +126,9 @@ def merge_into(
         result = _run_mergekit(mergekit_config([str(folder) for folder in folders], fractions, dtype), part, tensors)
     average = Average(origin, groups, fractions, result)
     with ShardWriter(part, tensors, max_shard_size) as writer:
-        for done, name in enumerate(writer.names, start=1):
-            writer.write(name, average.pieces(name, FLOATS.get(tensors[name].dtype, torch.float32)))
+        dtypes = {name: FLOATS.get(tensors[name].dtype, torch.float32) for name in writer.names}
+        for done, (name, pieces) in enumerate(average.stream(dtypes), start=1):
+            writer.write(name, pieces)
             if progress is not None:
                 progress(done, len(tensors))
     if result is not None:

@@ -52,6 +52,7 @@ ROAD = [
     "callback",
     "training",
     "launch",
+    "align",
     "average",
     "merge",
     "group_merge",
