@@ -151,9 +151,9 @@ class Average:
             moved.append(_square(part.sub_(origin)))
         if block.result is not None:
             mean.copy_(block.result)
-        displacement = _square(origin.sub_(mean))
+        displacement = _square(torch.sub(mean, origin, out=part))
         cast = round_once(mean, block.dtype)
-        squares = [displacement, _square(mean.sub_(cast)), *moved]
+        squares = [displacement, _square(torch.sub(cast, mean, out=part)), *moved]
         written = cast.cpu()
         if not math.isfinite(sum(squares)):
             self._refuse_non_finite(block, written)

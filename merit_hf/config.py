@@ -112,11 +112,16 @@ class MergeSection(_Section):
         weights (`str`, *optional*, defaults to `"tokens"`): `tokens`, `loss_tokens`, `uniform`, or a YAML file that
             maps group to weight.
         out_dtype (`str`, *optional*): of the merged weights. Default: the base's.
+        method (`str`, *optional*, defaults to `"linear"`): one of mergekit's, where `engine` is `mergekit`: `ties`,
+            `dare_ties`, `slerp`, `karcher`, …
+        parameters (`dict`, *optional*): of the method, by mergekit's names, such as `density`.
     """
 
     engine: Literal["safetensors", "mergekit"] = "safetensors"
     weights: str = "tokens"
     out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    method: str = "linear"
+    parameters: dict[str, Any] = {}
 
 
 class HubSection(_Section):
@@ -200,9 +205,22 @@ class MeritConfig(_Section):
                 f"{source}: plan.num_groups={wanted}, but plan.split={self.plan.split} gives {self.num_groups}. "
                 "Leave plan.num_groups out."
             )
+        check_merge_method(self.merge.engine, self.merge.method, self.merge.parameters, source)
         untagged = [dataset.name for dataset in self.datasets if dataset.tag is None]
         if self.plan.split == "by_tag" and untagged:
             raise ConfigError(f"{source}: plan.split=by_tag, but dataset `{untagged[0]}` has no `tag`. Give it one.")
+
+
+def check_merge_method(engine: str, method: str, parameters: typing.Mapping[str, Any], source: str) -> None:
+    """Methods other than the mean are mergekit's.
+
+    Raises:
+        ConfigError: another engine is to run one, or parameters are given to a mean.
+    """
+    if method != "linear" and engine != "mergekit":
+        raise ConfigError(f"{source}: method {method} is mergekit's, and engine is {engine}. Set engine to mergekit.")
+    if method == "linear" and parameters:
+        raise ConfigError(f"{source}: parameters {sorted(parameters)} for method linear, which has none. Set method.")
 
 
 class _Loader(yaml.SafeLoader):

@@ -37,13 +37,17 @@ def merge_groups(
     exclude: Sequence[int] = (),
     allow_missing: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    method: str = "linear",
+    parameters: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> MergeStats:
     """Merge the groups of a plan once, after verifying each checkpoint against it.
 
     Args:
         plan ([`PartitionPlan`]): the plan they were trained from.
         checkpoints (`Sequence`): folders or Hub ids (`org/name[@revision]`), in any order.
-        output (`str` or `Path`): new folder; as in [`merge_checkpoints`], also `engine`, `out_dtype` and `progress`.
+        output (`str` or `Path`): new folder; as in [`merge_checkpoints`], also `engine`, `out_dtype`, `progress`,
+            `method`, `parameters` and `device`.
         base (`str` or `Path`, *optional*): folder or Hub id of θ0, where the plan's own is not at hand.
         weights (`str` or `Path`, *optional*, defaults to `"tokens"`): `tokens` (the plan's `train_input_tokens`),
             `loss_tokens`, `uniform`, or a YAML or JSON file that maps group to weight.
@@ -63,14 +67,18 @@ def merge_groups(
             _verify(plan, chosen[number])
         _verify_base(plan, folder)
         folders = [chosen[number] for number in numbers]
-        stats = merge_into(part, folder, folders, values, out_dtype, engine, progress=progress)
+        stats = merge_into(
+            part, folder, folders, values, out_dtype, engine, progress=progress, method=method, parameters=parameters,
+            device=device,
+        )  # fmt: skip
         if plan.base.get("chat_template") is not None:
             # The groups were trained with a template of the plan's, not with the base's own.
             (part / "chat_template.jinja").write_text(plan.base["chat_template"], encoding="utf-8")
-        manifest = _merged_manifest(plan, dict(zip(numbers, folders, strict=True)), values, engine, stats, part)
+        manifest = _merged_manifest(plan, dict(zip(numbers, folders, strict=True)), engine, stats, part)
         manifest["weights"] = weights if weights in ("tokens", "loss_tokens", "uniform") else "file"
         # None is the base's own; `out_dtype` in the manifest is what that came to.
         manifest["asked_out_dtype"] = out_dtype
+        manifest["method"], manifest["parameters"] = method, dict(parameters or {})
         write_manifest(part, manifest)
         recipe = (part / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
         (part / "README.md").write_text(merged_model_card(plan, manifest, recipe), encoding="utf-8")
@@ -177,19 +185,20 @@ def _locate(path: str | Path, where: str) -> Path:
 def _merged_manifest(
     plan: PartitionPlan,
     folders: Mapping[int, Path],
-    values: Sequence[float],
     engine: str,
     stats: MergeStats,
     part: Path,
 ) -> dict[str, Any]:
     groups = []
-    for (number, folder), value in zip(folders.items(), values, strict=True):
+    fractions = stats.fractions or [None] * len(folders)
+    for (number, folder), fraction in zip(folders.items(), fractions, strict=True):
         manifest = read_manifest(folder)
         repo_id, _, revision = model_reference(folder).partition("@")
         groups.append(
             {
                 "group": number,
-                "weight": value / sum(values),
+                # None: the method takes no weights.
+                "weight": fraction,
                 "num_input_tokens": manifest["num_input_tokens"],
                 "num_loss_tokens": manifest["num_loss_tokens"],
                 "files_sha256": canonical_sha256(manifest["files"]),

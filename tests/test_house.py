@@ -54,6 +54,7 @@ ROAD = [
     "launch",
     "align",
     "average",
+    "mergekit_engine",
     "merge",
     "group_merge",
     "evaluate",
@@ -153,7 +154,7 @@ def test_conflict_and_partition_are_pure_arrays() -> None:
 
 
 def test_every_library_has_its_room() -> None:
-    assert {item.room for item in IMPORTS if item.module.split(".")[0] == "mergekit"} <= {"merge"}
+    assert {item.room for item in IMPORTS if item.module.split(".")[0] == "mergekit"} <= {"mergekit_engine"}
     for item in IMPORTS:
         if item.module.split(".")[0] == "huggingface_hub":
             assert item.room in HUB_NAMES, f"{item.room}.py:{item.line}"

@@ -544,7 +544,7 @@ def test_mergekit_engine_gives_a_complete_folder(family: Callable, tmp_path: Pat
     }
     for path in side_files(base):
         assert (tmp_path / "theirs" / path.name).read_bytes() == path.read_bytes()
-    assert theirs.displacement == pytest.approx(ours.displacement, rel=1e-9)
+    assert theirs.displacement == pytest.approx(ours.displacement, rel=1e-7)
     assert theirs.cast_loss == pytest.approx(ours.cast_loss, rel=1e-3)
     ours_tensors, theirs_tensors = load(tmp_path / "ours"), load(tmp_path / "theirs")
     assert all(torch.allclose(ours_tensors[n], theirs_tensors[n], rtol=2**-7, atol=1e-6) for n in ours_tensors)
@@ -554,7 +554,7 @@ def test_mergekit_engine_gives_a_complete_folder(family: Callable, tmp_path: Pat
 def test_architecture_that_mergekit_would_mutilate(family: Callable, tmp_path: Path) -> None:
     base, groups = family(torch.float32, attention_bias=True, mlp_bias=True)
     total = len(read_tensor_index(base))
-    with pytest.raises(MeritError, match=f"mergekit lost 14 of {total} tensors: model.layers.0.mlp.down_proj.bias, "):
+    with pytest.raises(MeritError, match=f"mergekit would lose 14 of {total} tensors: model.layers.0.mlp.down_proj.bias, "):
         merge_checkpoints(base, groups, WEIGHTS, tmp_path / "theirs", engine="mergekit")
     assert not any(tmp_path.iterdir())
     merge_checkpoints(base, groups, WEIGHTS, tmp_path / "ours")
