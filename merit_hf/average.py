@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ class Average:
                 result = parts.pop() if self._result else None
                 yield _Block(name, start, dtype, origin[start : start + step], parts, result)
 
-    def _in_order(self, blocks: Iterator[_Block]) -> Iterator[_Written]:
+    def _in_order(self, blocks: Iterator[_Block]) -> Generator[_Written, None, None]:
         """The blocks' results in order, with a few of the next in work."""
         pending: deque[Future[_Written]] = deque()
         threads_of_torch = torch.get_num_threads()

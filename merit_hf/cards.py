@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import importlib.resources
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -116,9 +117,15 @@ def merged_model_card(
         stats=stats,
         cast_share=stats["cast_loss"] / stats["displacement"] if stats.get("displacement") else None,
         rows=[
-            [str(g["group"]), members.get(g["group"], ""), f"{g['num_input_tokens']:,}", f"{g['weight']:.6f}"]
+            [
+                str(g["group"]),
+                members.get(g["group"], ""),
+                f"{g['num_input_tokens']:,}",
+                "–" if g["weight"] is None else f"{g['weight']:.6f}",
+            ]
             for g in manifest["groups"]
         ],
+        method=manifest.get("method", "linear"),
         how=_SPLITS[plan.config["plan"]["split"]],
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
         command=Markdown(_merge_command(plan, manifest)),
@@ -152,6 +159,9 @@ def _merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
         command += f" --weights {'weights.yaml' if weights == 'file' else weights}"
     if manifest.get("engine", "safetensors") != "safetensors":
         command += f" --engine {manifest['engine']}"
+    if manifest.get("method", "linear") != "linear":
+        command += f" --method {manifest['method']}"
+        command += "".join(f" --parameter {key}={json.dumps(v)}" for key, v in manifest["parameters"].items())
     if manifest.get("asked_out_dtype"):
         command += f" --out-dtype {manifest['asked_out_dtype']}"
     return command + (" --allow-missing" if len(manifest["groups"]) < plan.num_groups else "")
@@ -254,8 +264,9 @@ def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:
     names: dict[str, str] = {}
     for model, number in zip(content.get("models", []), numbers, strict=False):
         if find_local_paths(str(model["model"])) or str(model["model"]).startswith("/"):
-            names[model["model"]] = f"groups/{number}"
-            model["model"] = names[model["model"]]
-    if content.get("base_model") in names:
-        content["base_model"] = names[content["base_model"]]
+            names[str(model["model"])] = f"groups/{number}"
+            model["model"] = names[str(model["model"])]
+    base = str(content.get("base_model"))
+    if base in names or find_local_paths(base):
+        content["base_model"] = names.get(base, "base")
     return hide_local_paths(yaml.safe_dump(content, sort_keys=False))

@@ -40,6 +40,7 @@ def merge_groups(
     method: str = "linear",
     parameters: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    soup: Sequence[Mapping[str, Any]] | None = None,
 ) -> MergeStats:
     """Merge the groups of a plan once, after verifying each checkpoint against it.
 
@@ -53,18 +54,18 @@ def merge_groups(
             `loss_tokens`, `uniform`, or a YAML or JSON file that maps group to weight.
         exclude (`Sequence[int]`, *optional*): groups to leave out; the others' weights are normalised.
         allow_missing (`bool`, *optional*, defaults to `False`): merge what is there, weights normalised.
+        soup (`Sequence[Mapping]`, *optional*): how the groups were chosen, for the manifest; see [`greedy_soup`].
 
     Raises:
         ConfigError: a group is missing, given twice, not in the plan, or has no usable weight; or `output` exists.
         MeritError: a checkpoint or the base does not verify, or the merge refuses it.
     """
-    chosen = _chosen_groups(plan, checkpoints, exclude, allow_missing)
+    chosen = chosen_groups(plan, checkpoints, exclude, allow_missing)
     numbers = sorted(chosen)
     values = group_weights(plan, numbers, weights)
     folder = plan.base_folder() if base is None else _locate(base, "base")
     with atomic_folder(Path(output)) as part:
-        for number in numbers:
-            _verify(plan, chosen[number])
+        verify_groups(plan, chosen)
         _verify_base(plan, folder)
         folders = [chosen[number] for number in numbers]
         stats = merge_into(
@@ -79,13 +80,15 @@ def merge_groups(
         # None is the base's own; `out_dtype` in the manifest is what that came to.
         manifest["asked_out_dtype"] = out_dtype
         manifest["method"], manifest["parameters"] = method, dict(parameters or {})
+        if soup is not None:
+            manifest["soup"] = list(soup)
         write_manifest(part, manifest)
         recipe = (part / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
         (part / "README.md").write_text(merged_model_card(plan, manifest, recipe), encoding="utf-8")
     return stats
 
 
-def _chosen_groups(
+def chosen_groups(
     plan: PartitionPlan, checkpoints: Sequence[str | Path], exclude: Sequence[int], allow_missing: bool
 ) -> dict[int, Path]:
     """Folder by group, as the manifests say, less the excluded groups."""
@@ -157,13 +160,19 @@ def _number(value: Any, where: str) -> float:
         raise ConfigError(f"{where}: weight {value!r} is not a number.") from None
 
 
-def _verify(plan: PartitionPlan, folder: Path) -> None:
-    check = failed(verify_checkpoint(plan, folder))
-    if check is not None:
-        raise MeritError(
-            f"{folder}: does not verify: {check.name} is {check.found}, expected {check.expected}. Train the group "
-            "again from this plan, or leave it out with --exclude."
-        )
+def verify_groups(plan: PartitionPlan, folders: Mapping[int, Path]) -> None:
+    """Refuse a checkpoint that fails a check.
+
+    Raises:
+        MeritError: the check, what it found and what it expected.
+    """
+    for _, folder in sorted(folders.items()):
+        check = failed(verify_checkpoint(plan, folder))
+        if check is not None:
+            raise MeritError(
+                f"{folder}: does not verify: {check.name} is {check.found}, expected {check.expected}. Train the "
+                "group again from this plan, or leave it out with --exclude."
+            )
 
 
 def _verify_base(plan: PartitionPlan, folder: Path) -> None:
@@ -190,7 +199,7 @@ def _merged_manifest(
     part: Path,
 ) -> dict[str, Any]:
     groups = []
-    fractions = stats.fractions or [None] * len(folders)
+    fractions: Sequence[float | None] = stats.fractions or [None] * len(folders)
     for (number, folder), fraction in zip(folders.items(), fractions, strict=True):
         manifest = read_manifest(folder)
         repo_id, _, revision = model_reference(folder).partition("@")

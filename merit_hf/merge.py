@@ -203,7 +203,9 @@ def _check_device(device: str) -> None:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(f"device {device!r}: {reason}. Expected cpu, or an accelerator with float64 (cuda).") from None
+        raise ConfigError(
+            f"device {device!r}: {reason}. Expected cpu, or an accelerator with float64 (cuda)."
+        ) from None
 
 
 def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:

@@ -1,7 +1,7 @@
 """mergekit as an engine for its other methods, with checks before and after. The only room that imports it.
 
-    use = check_method("ties", {"density": 0.5}, num_checkpoints=4)
-    result = run_mergekit(mergekit_config(…), folder, expected=names and shapes)
+use = check_method("ties", {"density": 0.5}, num_checkpoints=4)
+result = run_mergekit(mergekit_config(…), folder, expected=names and shapes)
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ def check_method(name: str, parameters: Mapping[str, Any], num_checkpoints: int)
             try:
                 known[key].validate(value)
             except ValueError:
-                raise ConfigError(
-                    f"method {name}: parameter {key}={value!r}: expected {getattr(known[key].value_type, '__name__', '')}."
-                ) from None
+                kind = getattr(known[key].value_type, "__name__", str(known[key].value_type))
+                raise ConfigError(f"method {name}: parameter {key}={value!r}: expected {kind}.") from None
     takes_base = spec.contract.base.value in ("required", "optional")
     if spec.contract.max_inputs == 2 and takes_base:
         takes_base = num_checkpoints < 2
@@ -194,7 +193,7 @@ def _model(reference: str) -> str | dict[str, Any]:
 
 @contextlib.contextmanager
 def _forgetful() -> Iterator[None]:
-    """mergekit keeps opened files and inferred architectures by path, which a new checkpoint there would not change."""
+    """mergekit keeps opened files and architectures by path, where another checkpoint may lie the next time."""
     from mergekit.architecture.auto import infer_architecture_info
     from mergekit.io.tasks import LoaderCache
 

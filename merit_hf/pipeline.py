@@ -76,7 +76,8 @@ def run_all(
         with progress.stage("Merging", unit="tensors") as stage:
             merge_groups(
                 plan, groups, merged, engine=config.merge.engine, weights=_weights(config),
-                out_dtype=config.merge.out_dtype, progress=stage.update,
+                out_dtype=config.merge.out_dtype, method=config.merge.method, parameters=config.merge.parameters,
+                progress=stage.update,
             )  # fmt: skip
     models = {"base": plan.base_folder(), **({"joint": joint_model} if joint_model else {})}
     models |= {f"group-{number}": folder for number, folder in enumerate(groups)} | {"merged": merged}
@@ -105,14 +106,20 @@ def _check_merged(config: MeritConfig, plan: PartitionPlan, merged: Path) -> Non
         "plan": plan.sha256,
         "merge.engine": config.merge.engine,
         "merge.out_dtype": config.merge.out_dtype,
+        "merge.method": config.merge.method,
+        "merge.parameters": config.merge.parameters,
         "merge.weights": [value / sum(values) for value in values],
     }
     found = {
         "plan": manifest["plan"]["sha256"],
         "merge.engine": manifest["engine"],
         "merge.out_dtype": manifest.get("asked_out_dtype"),
+        "merge.method": manifest.get("method", "linear"),
+        "merge.parameters": manifest.get("parameters", {}),
         "merge.weights": [group["weight"] for group in manifest["groups"]],
     }
+    if None in found["merge.weights"]:  # of a method that takes none
+        del wanted["merge.weights"]
     for key, value in wanted.items():
         if found[key] != value:
             raise ConfigError(

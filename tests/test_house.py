@@ -58,6 +58,7 @@ ROAD = [
     "merge",
     "group_merge",
     "evaluate",
+    "sweep",
     "pipeline",
     "summary",
     "cli",

@@ -554,7 +554,9 @@ def test_mergekit_engine_gives_a_complete_folder(family: Callable, tmp_path: Pat
 def test_architecture_that_mergekit_would_mutilate(family: Callable, tmp_path: Path) -> None:
     base, groups = family(torch.float32, attention_bias=True, mlp_bias=True)
     total = len(read_tensor_index(base))
-    with pytest.raises(MeritError, match=f"mergekit would lose 14 of {total} tensors: model.layers.0.mlp.down_proj.bias, "):
+    with pytest.raises(
+        MeritError, match=f"mergekit would lose 14 of {total} tensors: model.layers.0.mlp.down_proj.bias, "
+    ):
         merge_checkpoints(base, groups, WEIGHTS, tmp_path / "theirs", engine="mergekit")
     assert not any(tmp_path.iterdir())
     merge_checkpoints(base, groups, WEIGHTS, tmp_path / "ours")
