@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from merit_hf.config import ConfigError, MeritError
 
-# Weights in pickle files are never fetched: nothing here reads them.
+# Weights in pickle files are never fetched: nothing here reads them. Nor are second copies in another layout.
 _IGNORED = [
     "*.bin",
     "*.pt",
@@ -22,6 +22,7 @@ _IGNORED = [
     "*.onnx",
     "*.gguf",
     "*.pkl",
+    "consolidated*",
     "original/*",
     "onnx/*",
 ]

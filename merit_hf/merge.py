@@ -200,7 +200,7 @@ def _check_choice(what: str, found: str | None, valid: Sequence[str | None]) -> 
 
 def _check_device(device: str) -> None:
     try:
-        torch.zeros(1, dtype=torch.float64, device=device)
+        torch.ones(1, dtype=torch.float64, device=device).cpu()
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(

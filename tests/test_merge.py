@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -23,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from merit_hf.average import round_once
+from merit_hf.align import align
+from merit_hf.average import Average, round_once
 from merit_hf.checkpoint import read_tensor_index, side_files, weights_sha256
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.merge import MERGEKIT_CONFIG_NAME, merge_checkpoints, model_reference
@@ -391,6 +393,85 @@ def test_pickles_and_missing_shards_are_refused(family: Callable, tmp_path: Path
     lost.unlink()
     with pytest.raises(MeritError, match=f"shards missing, first {lost.name}"):
         merge_checkpoints(base, [tmp_path / "shards"], [1], tmp_path / "out")
+
+
+def test_the_first_of_several_wrong_values_is_named(tmp_path: Path) -> None:
+    values = torch.ones(3_000_000)
+    base = make_folder(tmp_path / "base", {"a": torch.ones(5), "x": values})
+    values[[400_000, 1_700_000, 2_999_999]] = float("nan")
+    bad = make_folder(tmp_path / "bad", {"a": torch.ones(5), "x": values})
+    for _ in range(3):
+        with pytest.raises(MeritError, match=f"^{bad}: tensor `x` is not finite .* at flat index 400000"):
+            merge_checkpoints(base, [bad], [1], tmp_path / "out")
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nowhere"])
+def test_a_device_that_cannot_add_is_refused(device: str, family: Callable, tmp_path: Path) -> None:
+    base, groups = family()
+    with pytest.raises(ConfigError, match=f"device '{device}': .*Expected cpu, or an accelerator with float64"):
+        merge_checkpoints(base, groups, WEIGHTS, tmp_path / "out", device=device)
+    assert not any(tmp_path.iterdir())
+
+
+# Threads and memory
+
+
+def test_any_number_of_threads_gives_the_same_bytes_and_distances(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"empty": (0, 3), "large": (700, 1001), "matrix": (300, 500), "scalar": (), "vector": (17,)}
+    folders = [
+        make_folder(tmp_path / str(k), {n: torch.randn(s, generator=generator) for n, s in shapes.items()})
+        for k in range(4)
+    ]
+    found = []
+    for threads in (1, 2, 5):
+        base, *groups = align(folders[0], folders[1:])
+        average = Average(base, groups, [0.5, 0.3, 0.2], threads=threads)
+        digest = hashlib.sha256()
+        for name, pieces in average.stream(dict.fromkeys(shapes, torch.bfloat16)):
+            digest.update(name.encode())
+            for piece in pieces:
+                digest.update(piece)
+        found.append((digest.hexdigest(), average.squares, average.group_squares))
+    assert found[0] == found[1] == found[2]
+    merge_checkpoints(folders[0], folders[1:], [5, 3, 2], tmp_path / "out", out_dtype="bfloat16")
+    exact = mean64(folders[1:], [5, 3, 2])
+    for name, tensor in load(tmp_path / "out").items():
+        assert_nearest(tensor, exact[name])
+
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+from merit_hf.merge import merge_checkpoints
+def anonymous():
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1000
+before, highest, done = anonymous(), [0.0], threading.Event()
+def watch():
+    while not done.is_set():
+        highest[0] = max(highest[0], anonymous())
+        time.sleep(0.002)
+watcher = threading.Thread(target=watch)
+watcher.start()
+merge_checkpoints(sys.argv[1], sys.argv[2:-1], [1] * len(sys.argv[2:-1]), sys.argv[-1])
+done.set()
+watcher.join()
+sys.stdout.write(str(highest[0] - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_is_a_few_blocks_and_not_a_tensor(tmp_path: Path) -> None:
+    """What the merge allocates stays far below one tensor of 120 MB, let alone K of them."""
+    base, *groups = [make_folder(tmp_path / str(k), {"x": torch.full((30_000_000,), 1.0 + k)}) for k in range(3)]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(base), *map(str, groups), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(done.stdout) < 80
+    assert load(tmp_path / "out")["x"].unique().tolist() == [2.5]
 
 
 # The output folder
