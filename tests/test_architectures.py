@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_merge import assert_nearest, load, mean64
+from merging import assert_nearest, load, mean64
 from tiny_models import MODELS, VALUE_HEAD, make_model
 
 from merit_hf.checkpoint import read_tensor_index

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from merging import Tensors, load, mean64, run_mergekit
 from safetensors.torch import save_file
-from test_merge import Tensors, load, mean64, run_mergekit
 from tiny import make_base
 
 from merit_hf.checkpoint import side_files
