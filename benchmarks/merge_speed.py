@@ -40,13 +40,10 @@ merge_checkpoints(base, groups, json.loads('WEIGHTS'), output)
 print(json.dumps(time.monotonic() - start))
 """.replace("WEIGHTS", json.dumps(WEIGHTS))
 THEIRS = """
-import json, sys, time, yaml
-from mergekit.config import MergeConfiguration
-from mergekit.merge import MergeOptions, run_merge
-recipe, output = sys.argv[1:]
+import json, sys, time
+from mergekit.scripts.run_yaml import main
 start = time.monotonic()
-config = MergeConfiguration.model_validate(yaml.safe_load(open(recipe)))
-run_merge(config, output, MergeOptions(quiet=True, write_model_card=False))
+main(sys.argv[1:] + ["--quiet"], standalone_mode=False)
 print(json.dumps(time.monotonic() - start))
 """
 
@@ -116,13 +113,12 @@ def speed(name: str, folders: list[Path], scratch: Path, rounds: int) -> list[st
     size = files[1].stat().st_size
     index = read_tensor_index(groups[0])
     allowed = 2 * max(info.num_bytes for info in index.values()) * len(groups) / 1e6 + 200
-    python, yaml_tool = sys.executable, str(Path(sys.executable).with_name("mergekit-yaml"))
+    python = sys.executable
     out = scratch / "out"
     sides: dict[str, Callable[[], tuple[float, float, float]]] = {
         "floor": lambda: (floor(files[1:], scratch / "floor", size), 0.0, 0.0),
         "ours": lambda: child([python, "-c", OURS, str(base), str(out), *map(str, groups)]),
-        "mergekit-yaml": lambda: child([yaml_tool, str(recipe), str(out), "--quiet"]),
-        "run_merge": lambda: child([python, "-c", THEIRS, str(recipe), str(out)]),
+        "mergekit": lambda: child([python, "-c", THEIRS, str(recipe), str(out)]),
     }
     lines = []
     for cache in ("cached", "not cached"):
@@ -138,13 +134,13 @@ def speed(name: str, folders: list[Path], scratch: Path, rounds: int) -> list[st
             print(
                 name, cache, number, {side: f"{rows[-1][0]:.2f}" for side, rows in found.items() if rows}, flush=True
             )
-        call, process = [r[0] for r in found["ours"]], [r[1] for r in found["ours"]]
+        call, process = ({side: [row[k] for row in rows] for side, rows in found.items()} for k in (0, 1))
         against = [
-            ratio(call, [r[0] for r in found["floor"]]),
-            ratio([r[1] for r in found["mergekit-yaml"]], process),
-            ratio([r[0] for r in found["run_merge"]], call),
+            ratio(call["ours"], call["floor"]),
+            ratio(process["mergekit"], process["ours"]),
+            ratio(call["mergekit"], call["ours"]),
         ]
-        memory = [max(r[2] for r in found[side]) for side in ("ours", "mergekit-yaml")]
+        memory = [max(r[2] for r in found[side]) for side in ("ours", "mergekit")]
         lines.append(
             f"| {name}, {len(groups)} × {size / 1e9:.2f} GB | {cache} | {' | '.join(against)} | {memory[0]:.0f} MB "
             f"(allowed: {allowed:.0f}) | {memory[1]:.0f} MB |"
@@ -245,18 +241,18 @@ def report(lines: list[str], table: list[str], rounds: int) -> str:
     speed_lines, table_lines = "\n".join(lines), "\n".join(table)
     return f"""# Merging: speed, memory, architectures
 
-Written by `make bench-merge` after `make demo`. Hardware: {platform.machine()}, {os.cpu_count()} cores, torch on CPU.
-Versions: {versions}.
+Written by `make bench-merge` after `make demo`. Hardware: {platform.machine()}, {os.cpu_count()} cores, torch on CPU; load
+average of the last 15 minutes {os.getloadavg()[2]:.1f}. Versions: {versions}.
 
 ## Speed and memory
 
 Medians of {rounds} rounds, in brackets the lowest and highest. *Floor*: read the K checkpoints, write one with fsync.
 Ours reads the base too, compares all headers, checks every value, measures distances, and flushes its output; mergekit
-does not flush. *Processes*: from start to exit, imports included, ours a `python -c` that calls `merge_checkpoints`.
-*Calls*: `merge_checkpoints` and mergekit's `run_merge` alone. Memory is the highest anonymous memory (RssAnon) of the
+does not flush. *Processes*: a Python process from start to exit, imports included, that calls `merge_checkpoints`, or what
+`mergekit-yaml` calls. *Calls*: these alone. Memory is the highest anonymous memory (RssAnon) of the
 process, sampled every 20 ms; allowed is 2 × the largest tensor × K + 200 MB.
 
-| checkpoints | page cache | ours / floor (calls) | `mergekit-yaml` / ours (processes) | `run_merge` / ours (calls) \
+| checkpoints | page cache | ours / floor (calls) | `mergekit-yaml` / ours (processes) | mergekit / ours (calls) \
 | memory, ours | memory, mergekit |
 |---|---|---|---|---|---|---|
 {speed_lines}

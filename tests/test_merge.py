@@ -93,9 +93,18 @@ def test_16_bit_results_are_rounded_once() -> None:
     assert round_once(above, torch.bfloat16).tolist() == [1 + 2**-7, -1 - 2**-7, 1 + 2**-7]
     half = torch.tensor([1 + 2**-11 + tiny, 2**-25 + 2.0**-60, 2**-25], dtype=torch.float64)
     assert round_once(half, torch.float16).tolist() == [1 + 2**-10, 2**-24, 0.0]
-    values = torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(100_000, dtype=torch.float64, generator=generator)
     for dtype in DTYPES:
         assert_nearest(round_once(values, dtype), values)
+    # A hair beside the middle of every two neighbours, subnormal ones too.
+    for dtype in (torch.bfloat16, torch.float16):
+        low = torch.arange(0, 0x7B00, dtype=torch.int16).view(dtype).double()
+        high = torch.arange(1, 0x7B01, dtype=torch.int16).view(dtype).double()
+        for hair, wanted in ((1 + 2.0**-45, high), (1 - 2.0**-45, low)):
+            middle = (low + high) / 2 * hair
+            assert torch.equal(round_once(middle, dtype).double(), wanted)
+            assert torch.equal(round_once(-middle, dtype).double(), -wanted)
 
 
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16"])
