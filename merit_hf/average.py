@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ import torch
 from merit_hf.align import Checkpoint, bits
 from merit_hf.config import MeritError
 
-_CPU_BLOCK = 1 << 17  # elements: in float64 they stay in the cache, and Python's own time for them does not matter
+_CPU_BLOCK = 1 << 18  # elements: in float64 they stay in the cache, and Python's own time for them does not matter
 _DEVICE_BLOCK = 1 << 22
 _AHEAD = 32  # blocks that are being read and computed while earlier ones are written
 _MAX_THREADS = 8  # beyond, Python's lock is the limit
@@ -80,6 +81,7 @@ class Average:
     ) -> None:
         self._base, self._groups, self._fractions, self._result = base, groups, fractions, result
         self._device = torch.device(device)
+        self._local = threading.local()
         self._threads = threads or min(torch.get_num_threads(), _MAX_THREADS)
         self.squares = {"displacement": 0.0, "cast": 0.0}
         self.group_squares = [0.0] * len(groups)
@@ -141,8 +143,8 @@ class Average:
         if not block.origin.is_floating_point():
             self._refuse_other_integers(block)
             return _Written(block.name, block.origin, [0.0] * (2 + len(self._groups)))
-        origin = block.origin.to(self._device, torch.float64, copy=True)
-        mean, part = torch.empty_like(origin), torch.empty_like(origin)
+        origin, mean, part = self._buffers(block.origin.numel())
+        origin.copy_(block.origin)
         moved = []
         for index, fraction in enumerate(self._fractions):
             part.copy_(block.parts[index])
@@ -161,6 +163,13 @@ class Average:
         if not math.isfinite(sum(squares)):
             self._refuse_non_finite(block, written)
         return _Written(block.name, written, squares)
+
+    def _buffers(self, size: int) -> torch.Tensor:
+        """Three rows of float64 that a thread keeps: memory that is new for each block costs as much as the sums."""
+        kept = getattr(self._local, "buffers", None)
+        if kept is None or kept.shape[1] < size:
+            kept = self._local.buffers = torch.empty(3, size, dtype=torch.float64, device=self._device)
+        return kept[:, :size]
 
     def _refuse_other_integers(self, block: _Block) -> None:
         for group, part in zip(self._groups, block.parts, strict=True):
