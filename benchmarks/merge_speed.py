@@ -241,16 +241,15 @@ def report(lines: list[str], table: list[str], rounds: int) -> str:
     speed_lines, table_lines = "\n".join(lines), "\n".join(table)
     return f"""# Merging: speed, memory, architectures
 
-Written by `make bench-merge` after `make demo`. Hardware: {platform.machine()}, {os.cpu_count()} cores, torch on CPU; load
-average of the last 15 minutes {os.getloadavg()[2]:.1f}. Versions: {versions}.
+Written by `make bench-merge` after `make demo`. Hardware: {platform.machine()}, {os.cpu_count()} cores, torch on CPU;
+load average of the last 15 minutes {os.getloadavg()[2]:.1f}. Versions: {versions}.
 
 ## Speed and memory
 
 Medians of {rounds} rounds, in brackets the lowest and highest. *Floor*: read the K checkpoints, write one with fsync.
 Ours reads the base too, compares all headers, checks every value, measures distances, and flushes its output; mergekit
-does not flush. *Processes*: a Python process from start to exit, imports included, that calls `merge_checkpoints`, or what
-`mergekit-yaml` calls. *Calls*: these alone. Memory is the highest anonymous memory (RssAnon) of the
-process, sampled every 20 ms; allowed is 2 × the largest tensor × K + 200 MB.
+does not flush. *Processes*: a Python process from start to exit, imports included, that calls `merge_checkpoints`, or
+what `mergekit-yaml` calls. *Calls*: these alone. Memory is the highest anonymous memory (RssAnon) of the process, sampled every 20 ms; allowed is 2 × the largest tensor × K + 200 MB.
 
 | checkpoints | page cache | ours / floor (calls) | `mergekit-yaml` / ours (processes) | mergekit / ours (calls) \
 | memory, ours | memory, mergekit |

@@ -11,10 +11,13 @@ import torch
 import yaml
 from merging import Tensors, load, mean64, run_mergekit
 from safetensors.torch import save_file
+from test_group_merge import finish_group, make_plan
 from tiny import make_base
 
 from merit_hf.checkpoint import side_files
 from merit_hf.config import ConfigError, MeritConfig, MeritError
+from merit_hf.group_merge import merge_groups
+from merit_hf.manifest import read_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME, merge_checkpoints
 
 pytest.importorskip("mergekit")
@@ -183,3 +186,26 @@ def test_a_result_that_is_not_finite_is_refused(family: tuple[Path, list[Path]],
             parameters={"lambda": 1e39},
         )  # fmt: skip
     assert not any(tmp_path.iterdir())
+
+
+def test_manifest_and_card_say_which_method_and_claim_no_weights_where_there_are_none(tmp_path: Path) -> None:
+    plan = make_plan(make_base(tmp_path / "base", seed=9))
+    groups = [finish_group(plan, make_base(tmp_path / f"group-{k}", seed=k), k) for k in range(3)]
+    cases = {"slerp": ({"t": 0.25}, [1]), "ties": ({"density": 0.5}, [])}
+    for method, (parameters, exclude) in cases.items():
+        output = tmp_path / method
+        merge_groups(
+            plan, groups, output, engine="mergekit", method=method, parameters=parameters, exclude=exclude
+        )  # fmt: skip
+        manifest = read_manifest(output)
+        assert (manifest["method"], manifest["parameters"]) == (method, parameters)
+        weights = [group["weight"] for group in manifest["groups"]]
+        assert weights == ([None, None] if method == "slerp" else [0.6, 0.3, 0.1])
+        text = (output / "README.md").read_text()
+        assert f"the `{method}` merge, by mergekit, of" in text
+        assert "weighted mean" not in text
+        key, value = next(iter(parameters.items()))
+        assert f"--engine mergekit --method {method} --parameter {key}={value}" in text
+        recipe = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])
+        assert recipe["base_model"] == ("groups/0" if method == "slerp" else "base")
+        assert str(tmp_path) not in text
