@@ -1,7 +1,7 @@
 # make demo      set up and run the quickstart: a real model, a real mixture, one merged model
 # make test      set up and run the tests (make test-all: the slow ones too)
 # make quality   lint, format, types, import directions
-# make bench     the benchmarks, into benchmarks/results
+# make bench     the benchmarks, into benchmarks/results (make bench-merge: the merge against the disk and mergekit)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/quickstart
 
-.PHONY: demo test test-slow test-all bench quality format clean
+.PHONY: demo test test-slow test-all bench bench-merge quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt
@@ -40,6 +40,9 @@ test-all: test test-slow
 
 bench: $(VENV)/demo.done
 	$(BIN)/python benchmarks/quickstart_checks.py $(RUN) --output benchmarks/results/quickstart.md
+
+bench-merge: $(VENV)/demo.done $(VENV)/dev.done
+	$(BIN)/python benchmarks/merge_speed.py $(RUN) --output benchmarks/results/merge.md
 
 quality: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -97,6 +97,7 @@ def merge_adapters_into(
     return AdapterMergeStats(
         num_tensors=len(tensors),
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+        fractions=fractions,
         displacement=math.sqrt(squares["sum"]),
         group_displacements=[math.sqrt(square) for square in group_squares],
         cast_loss=math.sqrt(squares["cast"]),

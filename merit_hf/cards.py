@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import importlib.resources
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -142,9 +143,15 @@ def merged_model_card(
         stats=stats,
         cast_share=stats["cast_loss"] / stats["displacement"] if stats.get("displacement") else None,
         rows=[
-            [str(g["group"]), members.get(g["group"], ""), f"{g['num_input_tokens']:,}", f"{g['weight']:.6f}"]
+            [
+                str(g["group"]),
+                members.get(g["group"], ""),
+                f"{g['num_input_tokens']:,}",
+                "–" if g["weight"] is None else f"{g['weight']:.6f}",
+            ]
             for g in manifest["groups"]
         ],
+        method=manifest.get("method", "linear"),
         how=_SPLITS[plan.config["plan"]["split"]],
         verified=_verified(manifest["groups"]),
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
@@ -214,6 +221,9 @@ def _merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
         command += f" --adapters {manifest['adapters']}"
     if manifest.get("svd_rank"):
         command += f" --svd-rank {manifest['svd_rank']}"
+    if manifest.get("method", "linear") != "linear":
+        command += f" --method {manifest['method']}"
+        command += "".join(f" --parameter {key}={json.dumps(v)}" for key, v in manifest["parameters"].items())
     if manifest.get("asked_out_dtype"):
         command += f" --out-dtype {manifest['asked_out_dtype']}"
     return command + (" --allow-missing" if len(manifest["groups"]) < plan.num_groups else "")
@@ -349,6 +359,7 @@ def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:
     """The recipe with every local folder named after the group it holds."""
     content = yaml.safe_load(mergekit_config)
     numbers = [group["group"] for group in manifest["groups"]]
+    names: dict[str, Any] = {}
     for model, number in zip(content.get("models", []), numbers, strict=False):
         shown = model["model"]
         if find_local_paths(str(shown)) or str(shown).startswith("/"):
@@ -357,6 +368,8 @@ def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:
                 base = manifest["base"]
                 model["model"] = f"{base['repo_id']}@{base['revision']}" if base.get("repo_id") else "BASE"
                 model["model"] += f"+groups/{number}"
-    if content.get("models"):
-        content["base_model"] = content["models"][0]["model"]
+        names[str(shown)] = model["model"]
+    origin = content.get("base_model")
+    if str(origin) in names or find_local_paths(str(origin)):
+        content["base_model"] = names.get(str(origin), "base")
     return hide_local_paths(yaml.safe_dump(content, sort_keys=False))

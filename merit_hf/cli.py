@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -21,7 +22,7 @@ from merit_hf.cli_options import (
     quiet,
     say,
 )
-from merit_hf.config import ConfigError
+from merit_hf.config import ConfigError, parse_parameters
 from merit_hf.entry import exit_on_error
 
 app = typer.Typer(
@@ -104,44 +105,91 @@ def merge(
     ] = None,
     engine: Annotated[Optional[str], typer.Option(help="safetensors (default) or mergekit.")] = None,
     weights: Annotated[
-        Optional[str], typer.Option(help="tokens (default), loss_tokens, uniform, or a YAML FILE.")
+        Optional[list[str]],
+        typer.Option(
+            help="tokens (default), loss_tokens, uniform, or a YAML FILE. Given again: a model in a folder of each."
+        ),
+    ] = None,
+    method: Annotated[
+        Optional[str], typer.Option(help="With engine mergekit: ties, dare_ties, slerp, karcher, … Default: linear.")
+    ] = None,
+    parameter: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="KEY=VALUE", help="Of the method, such as density=0.5; again for more."),
     ] = None,
     out_dtype: Annotated[
         Optional[str], typer.Option(help="float32, bfloat16 or float16. Default: the base's.")
     ] = None,
     exclude: Annotated[Optional[list[int]], typer.Option(help="Leave a group out; may be given again.")] = None,
+    soup: Annotated[
+        bool, typer.Option("--soup", help="Add a group only where the mean held-out loss falls (greedy soup).")
+    ] = False,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Merge fewer groups than planned.")] = False,
     adapters: Annotated[
         Optional[str], typer.Option(help="LoRA groups become: dense (a full model, default), concat or svd.")
     ] = None,
     svd_rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the merged adapter, for svd.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
     """Verify the groups and average them, weighted by tokens."""
     with exit_on_error(debug):
         quiet()
         from merit_hf.community import accepted_checkpoints
-        from merit_hf.group_merge import merge_groups
-        from merit_hf.manifest import read_manifest
         from merit_hf.plan import PartitionPlan
-        from merit_hf.progress import Progress
-        from merit_hf.summary import merge_summary
 
         loaded = PartitionPlan.from_pretrained(plan)
         chosen = checkpoints or accepted_checkpoints(loaded)
         section = loaded.config["merge"]
+        weightings = weights or [loaded.local.get("merge_weights") or section["weights"]]
         form = adapters or section.get("adapters", "dense")
+        if soup and (len(weightings) > 1 or form != "dense"):
+            raise ConfigError(
+                "--soup takes one --weights, and makes a dense model. Make a soup of each in its own call."
+            )
+        from merit_hf.progress import Progress
+
+        chosen, given = checkpoints or accepted_checkpoints(loaded), parse_parameters(parameter or [])
+        options: dict[str, Any] = {
+            "engine": engine or section["engine"], "out_dtype": out_dtype or section["out_dtype"], "device": device,
+            "exclude": tuple(exclude or ()), "allow_missing": allow_missing,
+            "method": method or section.get("method", "linear"),
+            # Those of CONFIG are of CONFIG's method.
+            "parameters": given or ({} if method else section.get("parameters", {})),
+        }  # fmt: skip
+        if soup:
+            from merit_hf.sweep import greedy_soup, soup_table
+
+            made = greedy_soup(loaded, chosen, output, weights=weightings[0], progress=Progress(), **options)
+            say(soup_table(made))
+        if form != "dense":
+            options |= {"adapters": form, "svd_rank": svd_rank or (section.get("svd_rank") if form == "svd" else None)}
         with Progress().stage("Merging", unit="tensors") as stage:
-            merge_groups(
-                loaded, chosen, output, engine=engine or section["engine"],
-                weights=weights or loaded.local.get("merge_weights") or section["weights"],
-                out_dtype=out_dtype or section["out_dtype"],
-                exclude=tuple(exclude or ()), allow_missing=allow_missing,
-                adapters=form, svd_rank=svd_rank or (section.get("svd_rank") if form == "svd" else None),
-                progress=stage.update,
-            )  # fmt: skip
-        say(merge_summary(read_manifest(output)["stats"]))
-        say(f"The merged model is in {output}. Next: merit evaluate {output} --plan {plan} --output {output.parent}")
+            if len(weightings) > 1:
+                from merit_hf.sweep import merge_sweep
+
+                merge_sweep(loaded, chosen, output, weightings, progress=stage.update, **options)
+            elif not soup:
+                from merit_hf.group_merge import merge_groups
+
+                merge_groups(loaded, chosen, output, weights=weightings[0], progress=stage.update, **options)
+        _report_merge(output, plan, len(weightings) > 1, soup)
+
+
+def _report_merge(output: Path, plan: str, several: bool, soup: bool) -> None:
+    from merit_hf.manifest import read_manifest
+    from merit_hf.summary import merge_summary
+
+    folders = sorted(path for path in output.iterdir() if path.is_dir()) if several else [output]
+    for folder in folders:
+        say((f"{folder.name}: " if several else "") + merge_summary(read_manifest(folder)["stats"]))
+    names = " ".join(map(str, folders))
+    if soup:
+        say("The held-out rows chose these groups, so they no longer judge them fairly: evaluate on other rows too.")
+    say(
+        f"The merged model{'s are' if several else ' is'} in {names}. Next: merit evaluate {names} --plan {plan} "
+        f"--output {output if several else output.parent}"
+    )
 
 
 @app.command()

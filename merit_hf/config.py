@@ -116,6 +116,9 @@ class MergeSection(_Section):
         adapters: of LoRA groups, `dense` (a full checkpoint), `concat` (an adapter of summed rank; both are exact) or
             `svd` (an adapter of rank `svd_rank`).
         svd_rank (`int`, *optional*): rank of the merged adapter; required with `svd`.
+        method (`str`, *optional*, defaults to `"linear"`): one of mergekit's, where `engine` is `mergekit`: `ties`,
+            `dare_ties`, `slerp`, `karcher`, …
+        parameters (`dict`, *optional*): of the method, by mergekit's names, such as `density`.
     """
 
     engine: Literal["safetensors", "mergekit"] = "safetensors"
@@ -123,6 +126,8 @@ class MergeSection(_Section):
     out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     adapters: Literal["dense", "concat", "svd"] = "dense"
     svd_rank: int | None = Field(default=None, ge=1)
+    method: str = "linear"
+    parameters: dict[str, Any] = {}
 
 
 class HubSection(_Section):
@@ -211,6 +216,7 @@ class MeritConfig(_Section):
                 f"{source}: plan.num_groups={wanted}, but plan.split={self.plan.split} gives {self.num_groups}. "
                 "Leave plan.num_groups out."
             )
+        check_merge_method(self.merge.engine, self.merge.method, self.merge.parameters, source)
         untagged = [dataset.name for dataset in self.datasets if dataset.tag is None]
         if self.plan.split == "by_tag" and untagged:
             raise ConfigError(f"{source}: plan.split=by_tag, but dataset `{untagged[0]}` has no `tag`. Give it one.")
@@ -226,6 +232,18 @@ class MeritConfig(_Section):
             )
 
 
+def check_merge_method(engine: str, method: str, parameters: typing.Mapping[str, Any], source: str) -> None:
+    """Methods other than the mean are mergekit's.
+
+    Raises:
+        ConfigError: another engine is to run one, or parameters are given to a mean.
+    """
+    if method != "linear" and engine != "mergekit":
+        raise ConfigError(f"{source}: method {method} is mergekit's, and engine is {engine}. Set engine to mergekit.")
+    if method == "linear" and parameters:
+        raise ConfigError(f"{source}: parameters {sorted(parameters)} for method linear, which has none. Set method.")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-5` as a string, for want of a point; here it is the number that people mean."""
 
@@ -238,6 +256,17 @@ _Loader.add_implicit_resolver(
 def parse_value(text: str) -> Any:
     """The value of a `key=value` override, read as YAML."""
     return yaml.load(text, _Loader) if text else None
+
+
+def parse_parameters(texts: typing.Sequence[str]) -> dict[str, Any]:
+    """`["density=0.5"]` → `{"density": 0.5}`."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--parameter `{text}`: expected KEY=VALUE, such as density=0.5.")
+        found[key] = parse_value(value)
+    return found
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

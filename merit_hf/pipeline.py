@@ -81,6 +81,7 @@ def run_all(
             merge_groups(
                 plan, groups, merged, engine=config.merge.engine, weights=_weights(config),
                 out_dtype=config.merge.out_dtype, adapters=config.merge.adapters, svd_rank=config.merge.svd_rank,
+                method=config.merge.method, parameters=config.merge.parameters,
                 progress=stage.update,
             )  # fmt: skip
     models = {"base": plan.base_folder(), **({"joint": joint_model} if joint_model else {})}
@@ -110,6 +111,8 @@ def _check_merged(config: MeritConfig, plan: PartitionPlan, merged: Path) -> Non
         "plan": plan.sha256,
         "merge.engine": config.merge.engine,
         "merge.out_dtype": config.merge.out_dtype,
+        "merge.method": config.merge.method,
+        "merge.parameters": config.merge.parameters,
         "merge.weights": [value / sum(values) for value in values],
         "merge.adapters": config.merge.adapters,
         "merge.svd_rank": config.merge.svd_rank,
@@ -118,10 +121,14 @@ def _check_merged(config: MeritConfig, plan: PartitionPlan, merged: Path) -> Non
         "plan": manifest["plan"]["sha256"],
         "merge.engine": manifest["engine"],
         "merge.out_dtype": manifest.get("asked_out_dtype"),
+        "merge.method": manifest.get("method", "linear"),
+        "merge.parameters": manifest.get("parameters", {}),
         "merge.weights": [group["weight"] for group in manifest["groups"]],
         "merge.adapters": manifest.get("adapters", "dense"),
         "merge.svd_rank": manifest.get("svd_rank"),
     }
+    if None in found["merge.weights"]:  # of a method that takes none
+        del wanted["merge.weights"]
     for key, value in wanted.items():
         if found[key] != value:
             raise ConfigError(

@@ -308,15 +308,25 @@ def _public_recipe(folder: Path, manifest: Mapping[str, Any]) -> str:
     if len(recipe["models"]) != len(repos):
         raise MeritError(f"{folder / MERGEKIT_CONFIG_NAME}: {len(recipe['models'])} models, merged were {len(repos)}.")
     base = manifest["base"]
+    origin = recipe["base_model"]
     for model, repo in zip(recipe["models"], repos, strict=True):
-        if isinstance(model["model"], dict) and "lora" in model["model"]:
-            if base["repo_id"] is None:
-                raise ConfigError("the adapters' base is in no repo, so nobody could make this model again.")
-            model["model"] = {"model": _long_form(f"{base['repo_id']}@{base['revision']}"), "lora": _long_form(repo)}
+        old = model["model"]
+        if isinstance(old, dict) and "lora" in old:
+            model["model"] = {"model": _base_reference(base), "lora": _long_form(repo)}
         else:
             model["model"] = repo
-    recipe["base_model"] = json.loads(json.dumps(recipe["models"][0]["model"]))
+        if old == origin:
+            recipe["base_model"] = json.loads(json.dumps(model["model"]))
+    if recipe["base_model"] == origin:
+        # Methods that start from θ0 name it, not one of the groups.
+        recipe["base_model"] = _base_reference(base)
     return str(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000))
+
+
+def _base_reference(base: Mapping[str, Any]) -> dict[str, str]:
+    if base["repo_id"] is None:
+        raise ConfigError("the base that this merge names is in no repo, so nobody could make this model again.")
+    return _long_form(f"{base['repo_id']}@{base['revision']}")
 
 
 def _long_form(reference: str) -> dict[str, str]:

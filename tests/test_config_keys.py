@@ -159,6 +159,13 @@ MERGE_CASES = {
     "merge.engine": ("mergekit", "engine"),
     "merge.weights": ("uniform", "weights"),
     "merge.out_dtype": ("float32", "dtypes"),
+    "merge.method": ("task_arithmetic", "method"),
+    "merge.parameters": ({"lambda": 0.5}, "weights"),
+}
+# What else CONFIG says where the key means something.
+MERGE_BESIDES = {
+    "merge.method": {"engine": "mergekit"},
+    "merge.parameters": {"engine": "mergekit", "method": "task_arithmetic"},
 }
 
 
@@ -183,6 +190,7 @@ def merged(plan: PartitionPlan, checkpoints: list[Path], folder: Path, **merge: 
     manifest = json.loads((folder / "merged" / "merit.json").read_text())
     return {
         "engine": manifest["engine"],
+        "method": manifest["method"],
         "weights": [tensor.double().sum().item() for _, tensor in sorted(tensors.items())],
         "dtypes": {str(tensor.dtype) for tensor in tensors.values()},
     }
@@ -200,9 +208,12 @@ def test_a_key_changes_the_merge(
     key: str, trained: tuple[PartitionPlan, list[Path]], merged_by_default: dict[str, Any], tmp_path: Path
 ) -> None:
     value, part = MERGE_CASES[key]
-    if value == "mergekit":
+    besides = MERGE_BESIDES.get(key, {})
+    if "mergekit" in (value, besides.get("engine")):
         pytest.importorskip("mergekit")
-    assert merged(*trained, tmp_path, **{key.partition(".")[2]: value})[part] != merged_by_default[part]
+    before = merged(*trained, tmp_path / "before", **besides) if besides.get("method") else merged_by_default
+    after = merged(*trained, tmp_path / "after", **besides, **{key.partition(".")[2]: value})
+    assert after[part] != before[part]
 
 
 # In test_peft.py, test_the_whole_road and test_merged_groups: they mean nothing without LoRA groups.

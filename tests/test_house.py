@@ -68,11 +68,14 @@ ROAD = [
     "callback",
     "training",
     "launch",
+    "align",
     "average",
+    "mergekit_engine",
     "merge",
     "adapter_merge",
     "evaluate",
     "group_merge",
+    "sweep",
     "pipeline",
     "summary",
     "status",
@@ -202,7 +205,7 @@ def test_conflict_and_partition_are_pure_arrays() -> None:
 
 
 def test_every_library_has_its_room() -> None:
-    assert {item.room for item in IMPORTS if item.module.split(".")[0] == "mergekit"} <= {"merge"}
+    assert {item.room for item in IMPORTS if item.module.split(".")[0] == "mergekit"} <= {"mergekit_engine"}
     for item in IMPORTS:
         if item.module.split(".")[0] == "huggingface_hub":
             assert item.room in HUB_NAMES, f"{item.room}.py:{item.line}"

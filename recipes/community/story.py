@@ -5,7 +5,7 @@
 Alice, a member of `org`, publishes a plan over her own files. She trains two groups; bob, a stranger, claims the other
 two, trains them from the Hub alone and contributes them. One of his checkpoints was damaged on its way to the Hub:
 `accept` refuses it and says why; he pushes it again. Alice merges and publishes. What stands below a `$` is what
-`merit` printed; the transcript is written to OUTPUT/transcript.md. The models are tiny, the Hub is the one of the tests.
+`merit` printed; the transcript is written to OUTPUT/transcript.md. The models are tiny, the Hub is that of the tests.
 """
 
 from __future__ import annotations
