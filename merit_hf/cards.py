@@ -67,6 +67,7 @@ def plan_dataset_card(plan: PartitionPlan) -> str:
         pairs=_extreme_pairs(plan),
         bounds=_bounds(plan),
         settings=_settings(plan.sft),
+        lora=_lora(plan.peft) if plan.peft else None,
         versions=_settings(plan.versions),
         plan_id=Markdown(plan.repo_id or "PLAN"),
     )

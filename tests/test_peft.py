@@ -66,6 +66,8 @@ def test_the_settings_are_part_of_the_plan(
     assert plan.peft["use_rslora"] is False
     assert json.loads((plan.folder / "plan.json").read_text())["peft"] == plan.peft
     assert PartitionPlan.from_pretrained(plan.folder).sha256 == plan.sha256
+    assert "LoRA" in (plan.folder / "README.md").read_text()
+    assert "LoRA" not in (tiny_plan.folder / "README.md").read_text()
     assert tiny_plan.peft == {}
     assert "peft" not in json.loads((tiny_plan.folder / "plan.json").read_text())
     others = [make_plan(*LORA, "plan.split=random", f"peft.{change}") for change in ("r=5", "lora_dropout=0.2")]
