@@ -25,6 +25,11 @@ class ConfigError(MeritError):
     """A mistake in a call or in a CONFIG file."""
 
 
+# Scores of an answer against its reference; beside them, every task of reasoning-gym has a scorer of its own.
+METRICS = ("exact_match", "chrf", "rouge1", "rouge2", "rougeL", "none")
+REASONING_GYM = "reasoning_gym."
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -54,6 +59,8 @@ class DatasetSection(_Section):
         tag (`str`, *optional*): a label; `plan.split: by_tag` groups by it.
         eval_path, eval_split (`str`, *optional*): held-out rows, same columns. Otherwise `eval_fraction` of the rows.
         eval_fraction (`float`, *optional*, defaults to `0.05`): share of the rows that is held out of training.
+        metric (`str`, *optional*): what `merit evaluate` scores answers by: one of [`METRICS`], or
+            `reasoning_gym.TASK`. Default: by the length of the references.
     """
 
     name: str = Field(min_length=1)
@@ -70,6 +77,7 @@ class DatasetSection(_Section):
     eval_path: str | None = None
     eval_split: str | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    metric: str | None = None
 
 
 class PlanSection(_Section):
@@ -200,9 +208,19 @@ class MeritConfig(_Section):
                 f"{source}: plan.num_groups={wanted}, but plan.split={self.plan.split} gives {self.num_groups}. "
                 "Leave plan.num_groups out."
             )
+        for dataset in self.datasets:
+            if dataset.metric is not None:
+                check_metric(dataset.metric, f"{source}: datasets.{dataset.name}.metric")
         untagged = [dataset.name for dataset in self.datasets if dataset.tag is None]
         if self.plan.split == "by_tag" and untagged:
             raise ConfigError(f"{source}: plan.split=by_tag, but dataset `{untagged[0]}` has no `tag`. Give it one.")
+
+
+def check_metric(name: str, where: str) -> None:
+    """Raises ConfigError where `name` is no metric of `merit evaluate`."""
+    if name not in METRICS and not re.fullmatch(re.escape(REASONING_GYM) + r"\w+", name):
+        choices = [*METRICS, f"{REASONING_GYM}TASK"]
+        raise ConfigError(f"{where}={name!r} is not one of {', '.join(choices)}. {_nearest(name, choices)}")
 
 
 class _Loader(yaml.SafeLoader):
