@@ -55,9 +55,18 @@ ROAD = [
     "average",
     "merge",
     "group_merge",
+    "paired",
+    "metrics",
+    "held_out",
+    "generate",
+    "comparison",
+    "comparison_table",
+    "evaluator",
     "evaluate",
+    "harness",
     "pipeline",
     "summary",
+    "side_by_side",
     "cli",
 ]
 # A plan is saved with its card and its figures, which are made of a plan.
@@ -153,6 +162,7 @@ def test_conflict_and_partition_are_pure_arrays() -> None:
 
 def test_every_library_has_its_room() -> None:
     assert {item.room for item in IMPORTS if item.module.split(".")[0] == "mergekit"} <= {"merge"}
+    assert {item.room for item in IMPORTS if item.module.split(".")[0] == "lm_eval"} == {"harness"}
     for item in IMPORTS:
         if item.module.split(".")[0] == "huggingface_hub":
             assert item.room in HUB_NAMES, f"{item.room}.py:{item.line}"
