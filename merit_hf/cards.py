@@ -32,6 +32,7 @@ _SPLITS = {
 _TABLES = ("datasets", "conflict", "groups")
 _MAX_PAIRS = 5
 _MAX_ROWS = 60
+_MAX_NOTE = 2000
 
 
 def plan_dataset_card(plan: PartitionPlan) -> str:
@@ -123,6 +124,9 @@ def merged_model_card(
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
         command=Markdown(_merge_command(plan, manifest)),
         evaluation=_evaluation_table(evaluation) if evaluation else None,
+        answers=_answer_table(evaluation) if evaluation and evaluation.get("mean_score") else None,
+        harness=_harness_table(evaluation) if evaluation and evaluation.get("harness") else None,
+        notes=[escape_markdown(note, _MAX_NOTE) for note in evaluation.get("notes", [])] if evaluation else [],
         mergekit_config=fenced(_public_recipe(mergekit_config, manifest), "yaml"),
         versions=_settings(manifest["versions"]),
         plan_id=Markdown(plan.repo_id or "PLAN"),
@@ -245,6 +249,32 @@ def _evaluation_table(evaluation: Mapping[str, Any]) -> Markdown:
     ]
     rows.append(["mean", "", *(f"{evaluation['mean'][label]:.3f}" for label in labels)])
     return _table(("dataset", "group", *labels), rows)
+
+
+def _answer_table(evaluation: Mapping[str, Any]) -> Markdown:
+    """Score and length of the answers, without the groups by themselves."""
+    labels = [label for label in evaluation["models"] if not label.startswith("group-")]
+    rows = [
+        [name, row["metric"], *(f"{row['score'][k]:.3f}" for k in labels), *(_length(row, k) for k in labels)]
+        for name, row in evaluation["datasets"].items()
+        if row["score"]
+    ]
+    rows.append(["mean", "", *(f"{evaluation['mean_score'][label]:.3f}" for label in labels), *[""] * len(labels)])
+    return _table(("dataset", "metric", *labels, *(f"length, {label}" for label in labels)), rows)
+
+
+def _length(row: Mapping[str, Any], label: str) -> str:
+    return f"{row['length_ratio'][label]:.2f}" if row["length_ratio"] else "–"
+
+
+def _harness_table(evaluation: Mapping[str, Any]) -> Markdown:
+    labels = evaluation["models"]
+    rows = [
+        [task, metric, *("–" if by_model[k]["value"] is None else f"{by_model[k]['value']:.4g}" for k in labels)]
+        for task, metrics in evaluation["harness"]["tasks"].items()
+        for metric, by_model in metrics.items()
+    ]
+    return _table((f"{evaluation['harness']['name']} task", "metric", *labels), rows)
 
 
 def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:

@@ -48,7 +48,8 @@ def harness_table(harness: Mapping[str, Any], labels: Sequence[str]) -> Table:
             cells = []
             for label in labels:
                 value, stderr = by_model[label]["value"], by_model[label]["stderr"]
-                cells.append(f"{value:.4g}" if stderr is None else f"{value:.4g} ± {stderr:.2g}")
+                spread = "" if stderr is None else f" ± {stderr:.2g}"
+                cells.append("–" if value is None else f"{value:.4g}{spread}")
             table.add_row(Text(task), Text(metric), *cells)
     return table
 

@@ -1,9 +1,10 @@
-"""People's own benchmarks: the same models on tasks of lm-evaluation-harness, by name. lm_eval is imported here alone."""
+"""People's own benchmarks: the same models on tasks of lm-evaluation-harness, by name. Only this room has lm_eval."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -93,8 +94,8 @@ def run_harness(
         cache (`Path`, *optional*): where results are kept, a file a model and task.
 
     Returns:
-        {"name", "version", "settings", "tasks": {task: {metric: {label: {"value", "stderr"}}}}}: the harness's numbers,
-        a group's subtasks among them.
+        {"name", "version", "settings", "tasks": {task: {metric: {label: {"value", "stderr"}}}}}: the harness's
+        numbers, a group's subtasks among them.
 
     Raises:
         MeritError: a task fails.
@@ -129,6 +130,8 @@ def _run_task(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    # It warns of what a model that is loaded already would ignore, and nothing of that is given here.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.nn.Module.to(model, build_args(plan.config["sft"]).device)
     tokenizer = load_tokenizer(plan.base_folder(), plan.base.get("chat_template"))
     lm = HFLM(

@@ -260,13 +260,16 @@ def loss_sums(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> tuple[floa
     The parts are None where the loss is no sum over tokens' log-probabilities: DFT, label smoothing, a router's
     auxiliary loss.
     """
-    plain = trainer.args.loss_type == "nll" and trainer.label_smoother is None and not trainer.aux_loss_enabled
+    args, model = trainer.args, trainer.model
+    assert isinstance(args, SFTConfig)
+    assert model is not None
+    plain = args.loss_type == "nll" and trainer.label_smoother is None and not trainer.aux_loss_enabled
     with torch.no_grad():
         if not plain:
             return float(loss_sum(trainer, batch)), None
         with trainer.accelerator.autocast():
             # The forward behind TRL's loss; asking the loss itself for its outputs would run the model twice.
-            outputs = trainer.model(**batch, use_cache=False, fused_lm_head=True)
+            outputs = model(**batch, use_cache=False, fused_lm_head=True)
     rows = (-outputs.log_probs).sum(dim=1, dtype=torch.float64).tolist()
     return sum(rows), rows
 
