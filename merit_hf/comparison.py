@@ -104,6 +104,7 @@ def compare(
         "mean_length_ratio": _means(labels, [entry["length_ratio"] for entry in free_form]),
         "differences": _mean_differences(labels, compared),
         "short_answers": _short_answers(labels, entries),
+        "notes": [],
         "harness": None,
         "versions": dict(versions),
     }
