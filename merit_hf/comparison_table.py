@@ -20,7 +20,7 @@ def evaluation_table(evaluation: Mapping[str, Any], width: int | None = None) ->
 
     Where that is wider than `width`, the groups become one column, `own group`.
     """
-    title = f"{evaluation['metric']} (lower is better; *: lowest, underlined: own group)"
+    title = f"{evaluation['metric']} (lower is better; *: lowest, underlined: the dataset's group)"
     return _fitted(evaluation, title, "loss", "mean", min, width)
 
 

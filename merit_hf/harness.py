@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 import math
@@ -168,13 +169,25 @@ def _finite(value: Any) -> float | None:
 
 
 def _task_manager(include_path: Path | None) -> Any:
+    """The index of all tasks; reading thousands of YAMLs takes seconds, so it is kept while they stay the same."""
+    return _index(None if include_path is None else str(include_path), _stamps(include_path))
+
+
+@functools.lru_cache(maxsize=1)
+def _index(include_path: str | None, stamps: tuple[tuple[str, int, int], ...]) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
             f"--harness lm-eval: the harness cannot be imported ({error}). pip install 'merit_hf[eval]'."
         ) from error
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+    return TaskManager(include_path=include_path)
+
+
+def _stamps(include_path: Path | None) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of the files of one's own tasks."""
+    files = sorted(include_path.rglob("*")) if include_path is not None else []
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
 
 
 def _settings(call: HarnessCall) -> dict[str, Any]:
@@ -187,7 +200,6 @@ def _cache_file(cache: Path | None, plan: PartitionPlan, folder: Path, task: str
         return None
     import lm_eval
 
-    own = sorted(call.include_path.rglob("*")) if call.include_path is not None else []
     key = {
         "version": lm_eval.__version__,
         "task": task,
@@ -195,7 +207,7 @@ def _cache_file(cache: Path | None, plan: PartitionPlan, folder: Path, task: str
         "model_init_kwargs": str(plan.config["sft"].get("model_init_kwargs")),
         "chat_template": plan.base["chat_template_sha256"],
         "settings": {**_settings(call), "tasks": None},
-        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in own if path.is_file()],
+        "files": _stamps(call.include_path),
     }
     return cache / f"harness-{canonical_sha256(key)[:32]}.json"
 
