@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from merit_hf.cards import merged_model_card
+from merit_hf.checkpoint import INDEX_NAME, SINGLE_NAME, read_tensor_index
 from merit_hf.comparison import compare, predictions
 from merit_hf.comparison_table import evaluation_table as evaluation_table
 from merit_hf.config import ConfigError, DatasetSection
@@ -65,8 +66,13 @@ def evaluate_models(
 
     Raises:
         ConfigError: no dataset has held-out rows; a metric that is unknown, or whose library is not installed.
+        MeritError: a model cannot be read.
     """
     progress = progress or Progress()
+    for folder in models.values():
+        # Hours of answers come before the last model is loaded: what cannot be read is told now.
+        if (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists():
+            read_tensor_index(folder)
     args = build_args(plan.config["sft"])
     base = plan.base_folder()
     tokenizer, context = load_tokenizer(base, plan.base.get("chat_template")), _context(base)

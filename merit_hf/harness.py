@@ -72,7 +72,7 @@ class HarnessCall:
 
     def check_tasks(self) -> None:
         """Raises ConfigError where a task is unknown, or lm_eval cannot be imported."""
-        known = _task_manager(self.include_path).all_tasks
+        known = _task_manager(self).all_tasks
         for name in self.tasks:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -140,7 +140,7 @@ def _run_task(
     )
     try:
         output = simple_evaluate(
-            lm, tasks=[task], task_manager=_task_manager(call.include_path), num_fewshot=call.num_fewshot,
+            lm, tasks=[task], task_manager=_task_manager(call), num_fewshot=call.num_fewshot,
             limit=call.limit, apply_chat_template=call.apply_chat_template, log_samples=False,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -168,20 +168,29 @@ def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _task_manager(include_path: Path | None) -> Any:
-    """The index of all tasks; reading thousands of YAMLs takes seconds, so it is kept while they stay the same."""
-    return _index(None if include_path is None else str(include_path), _stamps(include_path))
+def _task_manager(call: HarnessCall) -> Any:
+    """The index that knows the call's tasks. It is kept while one's own files stay the same.
+
+    Reading the thousands of YAMLs that come with the harness takes seconds, and is left out where all tasks are one's
+    own. A group or tag of one's own may name others' tasks.
+    """
+    path, stamps = None if call.include_path is None else str(call.include_path), _stamps(call.include_path)
+    if path is not None:
+        own = _index(path, stamps, False)
+        if set(call.tasks) <= set(own.all_subtasks):
+            return own
+    return _index(path, stamps, True)
 
 
-@functools.lru_cache(maxsize=1)
-def _index(include_path: str | None, stamps: tuple[tuple[str, int, int], ...]) -> Any:
+@functools.lru_cache(maxsize=2)
+def _index(include_path: str | None, stamps: tuple[tuple[str, int, int], ...], include_defaults: bool) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
             f"--harness lm-eval: the harness cannot be imported ({error}). pip install 'merit_hf[eval]'."
         ) from error
-    return TaskManager(include_path=include_path)
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def _stamps(include_path: Path | None) -> tuple[tuple[str, int, int], ...]:
