@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 import yaml
-from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
+from huggingface_hub import DatasetCardData, ModelCardData
 
+from merit_hf.card_evaluation import answer_table, eval_results, evaluation_table, harness_table
 from merit_hf.config import MeritError
 from merit_hf.text import (
     Markdown,
@@ -24,7 +25,7 @@ from merit_hf.text import (
     fenced,
     find_local_paths,
     hide_local_paths,
-    public_text,
+    markdown_table,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _SPLITS = {
 }
 _TABLES = ("datasets", "conflict", "groups")
 _MAX_PAIRS = 5
-_MAX_ROWS = 60
+_MAX_NOTE = 2000
 
 
 def plan_dataset_card(plan: PartitionPlan) -> str:
@@ -132,7 +133,7 @@ def merged_model_card(
         license=licence,
         tags=["merge", "mergekit", "merit"],
         model_name=model_name,
-        eval_results=_eval_results(plan, evaluation) if evaluation and model_name else None,
+        eval_results=eval_results(plan, evaluation) if evaluation and model_name else None,
     )
     stats = manifest.get("stats", {})
     return _render(
@@ -158,7 +159,10 @@ def merged_model_card(
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
         command=Markdown(_merge_command(plan, manifest)),
         in_repos=all(group.get("repo_id") for group in manifest["groups"]),
-        evaluation=_evaluation_table(evaluation) if evaluation else None,
+        evaluation=evaluation_table(evaluation) if evaluation else None,
+        answers=answer_table(evaluation) if evaluation and evaluation.get("mean_score") else None,
+        harness=harness_table(evaluation) if evaluation and evaluation.get("harness") else None,
+        notes=[escape_markdown(note, _MAX_NOTE) for note in evaluation.get("notes", [])] if evaluation else [],
         mergekit_config=fenced(_public_recipe(mergekit_config, manifest), "yaml"),
         versions=_settings(manifest["versions"]),
         plan_id=Markdown(plan.repo_id or "PLAN"),
@@ -237,18 +241,9 @@ def _render(template: str, metadata: str, **facts: Any) -> str:
         keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"code": code, "thousands": lambda value: f"{value:,}"}
-    card = environment.from_string(source).render(metadata=Markdown(metadata.strip()), table=_table, **facts)
+    card = environment.from_string(source).render(metadata=Markdown(metadata.strip()), table=markdown_table, **facts)
     validate_card(card)
     return card
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
-    """A Markdown table whose cells are inert text; long ones are cut with a line that says so."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(escape_markdown(cell) for cell in row) + " |" for row in rows[:_MAX_ROWS]]
-    if len(rows) > _MAX_ROWS:
-        lines.append(f"\n{len(rows) - _MAX_ROWS} more are in the tables under data/.")
-    return Markdown("\n".join(lines))
 
 
 def _names(names: Sequence[str], limit: int = 12) -> Markdown:
@@ -296,7 +291,7 @@ def _extreme_pairs(plan: PartitionPlan) -> dict[str, Markdown] | None:
 
     def listed(indices: np.ndarray) -> Markdown:
         cells = [[plan.names[rows[i]], plan.names[columns[i]], f"{cosines[i]:.3f}"] for i in indices]
-        return _table(("dataset", "dataset", "cosine"), cells)
+        return markdown_table(("dataset", "dataset", "cosine"), cells)
 
     count = min(_MAX_PAIRS, max(1, len(order) // 2))
     return {"conflicting": listed(order[:count]), "aligned": listed(order[::-1][:count])}
@@ -315,16 +310,6 @@ def _bounds(plan: PartitionPlan) -> dict[str, Any]:
     }
 
 
-def _evaluation_table(evaluation: Mapping[str, Any]) -> Markdown:
-    labels = evaluation["models"]
-    rows = [
-        [name, str(row["group"]), *(f"{row['loss'][label]:.3f}" for label in labels)]
-        for name, row in evaluation["datasets"].items()
-    ]
-    rows.append(["mean", "", *(f"{evaluation['mean'][label]:.3f}" for label in labels)])
-    return _table(("dataset", "group", *labels), rows)
-
-
 def _verified(groups: Sequence[Mapping[str, Any]]) -> Markdown | None:
     """`weights` for all groups alike, or group by group; None where a manifest does not say."""
     levels = {str(group["group"]): str(group["verified"]) for group in groups if group.get("verified")}
@@ -333,27 +318,6 @@ def _verified(groups: Sequence[Mapping[str, Any]]) -> Markdown | None:
     if len(set(levels.values())) == 1:
         return Markdown(f"every group at level {code(next(iter(levels.values())))}")
     return Markdown(", ".join(f"group {number} at level {code(level)}" for number, level in levels.items()))
-
-
-def _eval_results(plan: PartitionPlan, evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    """The merged model's held-out loss on every dataset, as a model card's `model-index` wants it."""
-    if "merged" not in evaluation["models"]:
-        return []
-    repos = {dataset.name: dataset for dataset in plan.datasets}
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=repos[name].repo_id or "local",
-            dataset_name=public_text(name),
-            dataset_config=repos[name].config,
-            dataset_revision=repos[name].revision,
-            metric_type="loss",
-            metric_name="held-out SFT loss (nats a token)",
-            metric_value=round(float(row["loss"]["merged"]), 6),
-        )
-        for name, row in evaluation["datasets"].items()
-        if name in repos
-    ]
 
 
 def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:

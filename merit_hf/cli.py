@@ -195,26 +195,54 @@ def _report_merge(output: Path, plan: str, several: bool, soup: bool) -> None:
 @app.command()
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Folders or Hub ids; the base comes first by itself.")
+        list[str],
+        typer.Argument(metavar="[LABEL=]MODEL...", help="Folders or Hub ids; the base comes first by itself."),
     ],
     plan: Annotated[str, typer.Option(help="Folder of the plan, or Hub id: its datasets' held-out rows are used.")],
     output: Output,
     num_samples: Annotated[int, typer.Option(min=1, help="At most so many held-out rows a dataset.")] = 200,
+    generate: Annotated[
+        bool, typer.Option("--generate/--no-generate", help="Let the models answer, or measure losses only.")
+    ] = True,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer.")] = 256,
+    metric: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="NAME=METRIC", help="In place of a dataset's metric in the plan; may be given again."),
+    ] = None,
+    tokens_per_batch: Annotated[
+        int, typer.Option(min=1, help="Padded tokens in a batch: more is faster and takes more memory.")
+    ] = 4096,
+    harness: Annotated[Optional[str], typer.Option(help="Also run benchmarks by name: lm-eval.")] = None,
+    tasks: Annotated[Optional[str], typer.Option(help="The harness's tasks, separated by commas.")] = None,
+    include_path: Annotated[Optional[Path], typer.Option(help="Folder with YAMLs of tasks of your own.")] = None,
+    num_fewshot: Annotated[Optional[int], typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="At most so many questions a task; to try it.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask the harness's questions in the plan's chat template.")
+    ] = False,
+    card: Annotated[bool, typer.Option("--card", help="Write the numbers into the merged model's card.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Held-out loss of base and models on every dataset."""
+    """Base and models side by side on every dataset: loss, score and length of their answers.
+
+    Writes evaluation.json and predictions.jsonl; docs/evaluate.md says what they hold.
+    """
     with exit_on_error(debug):
         quiet()
-        from merit_hf.evaluate import evaluate_models, evaluation_table, save_evaluation
+        from merit_hf.harness import HarnessCall
         from merit_hf.plan import PartitionPlan
-        from merit_hf.summary import label_models
+        from merit_hf.side_by_side import evaluate_side_by_side
 
+        benchmarks = HarnessCall.of(
+            harness, tasks, include_path,
+            num_fewshot=num_fewshot, limit=limit, apply_chat_template=apply_chat_template,
+        )  # fmt: skip
         loaded = PartitionPlan.from_pretrained(plan)
-        labelled = label_models({text: checkpoint_folder(text) for text in models})
-        evaluation = evaluate_models(loaded, {"base": loaded.base_folder(), **labelled}, num_samples)
-        path = save_evaluation(evaluation, output)
-        say(evaluation_table(evaluation))
-        say(f"The numbers are in {path}.")
+        evaluate_side_by_side(
+            loaded, models, checkpoint_folder, output, say, num_samples=num_samples, generate=generate,
+            max_new_tokens=max_new_tokens, metrics=metric or (), tokens_per_batch=tokens_per_batch,
+            benchmarks=benchmarks, card=card,
+        )  # fmt: skip
 
 
 @app.command()

@@ -26,6 +26,11 @@ class ConfigError(MeritError):
     """A mistake in a call or in a CONFIG file."""
 
 
+# Scores of an answer against its reference; beside them, every task of reasoning-gym has a scorer of its own.
+METRICS = ("exact_match", "chrf", "rouge1", "rouge2", "rougeL", "none")
+REASONING_GYM = "reasoning_gym."
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -55,6 +60,8 @@ class DatasetSection(_Section):
         tag (`str`, *optional*): a label; `plan.split: by_tag` groups by it.
         eval_path, eval_split (`str`, *optional*): held-out rows, same columns. Otherwise `eval_fraction` of the rows.
         eval_fraction (`float`, *optional*, defaults to `0.05`): share of the rows that is held out of training.
+        metric (`str`, *optional*): what `merit evaluate` scores answers by: one of [`METRICS`], or
+            `reasoning_gym.TASK`. Default: by the length of the references.
     """
 
     name: str = Field(min_length=1)
@@ -71,6 +78,7 @@ class DatasetSection(_Section):
     eval_path: str | None = None
     eval_split: str | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    metric: str | None = None
 
 
 class PlanSection(_Section):
@@ -217,6 +225,9 @@ class MeritConfig(_Section):
                 "Leave plan.num_groups out."
             )
         check_merge_method(self.merge.engine, self.merge.method, self.merge.parameters, source)
+        for dataset in self.datasets:
+            if dataset.metric is not None:
+                check_metric(dataset.metric, f"{source}: datasets.{dataset.name}.metric")
         untagged = [dataset.name for dataset in self.datasets if dataset.tag is None]
         if self.plan.split == "by_tag" and untagged:
             raise ConfigError(f"{source}: plan.split=by_tag, but dataset `{untagged[0]}` has no `tag`. Give it one.")
@@ -242,6 +253,13 @@ def check_merge_method(engine: str, method: str, parameters: typing.Mapping[str,
         raise ConfigError(f"{source}: method {method} is mergekit's, and engine is {engine}. Set engine to mergekit.")
     if method == "linear" and parameters:
         raise ConfigError(f"{source}: parameters {sorted(parameters)} for method linear, which has none. Set method.")
+
+
+def check_metric(name: str, where: str) -> None:
+    """Raises ConfigError where `name` is no metric of `merit evaluate`."""
+    if name not in METRICS and not re.fullmatch(re.escape(REASONING_GYM) + r"\w+", name):
+        choices = [*METRICS, f"{REASONING_GYM}TASK"]
+        raise ConfigError(f"{where}={name!r} is not one of {', '.join(choices)}. {nearest(name, choices)}")
 
 
 class _Loader(yaml.SafeLoader):

@@ -90,7 +90,7 @@ def run_all(
     if any(spec.eval_path or spec.eval_split or spec.eval_fraction for spec in config.datasets):
         evaluation = _load_evaluation(output, plan, list(models))
         if evaluation is None:
-            evaluation = evaluate_models(plan, models, progress=progress)
+            evaluation = evaluate_models(plan, models, progress=progress, generate=False)
             recipe = (merged / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
             card = merged_model_card(plan, read_manifest(merged), recipe, evaluation)
             (merged / "README.md").write_text(card, encoding="utf-8")

@@ -257,11 +257,13 @@ class TokenizedRows:
         rows: columns `input_ids` and `labels` (-100 where a token bears no loss).
         num_dropped: examples that TRL left out because truncation left no loss token.
         num_truncated: kept examples that lost tokens to `max_length`.
+        indices: where in the rows that were given each kept one stood.
     """
 
     rows: datasets.Dataset
     num_dropped: int
     num_truncated: int
+    indices: list[int]
 
 
 def tokenize_rows(
@@ -274,11 +276,13 @@ def tokenize_rows(
     whole = _prepared(model, tokenizer, args, rows, max_length=None)
     # Strategies that split long sequences over rows keep every token, so there is nothing to truncate.
     if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):
-        return TokenizedRows(whole.select_columns(["input_ids", "labels"]), 0, 0)
+        return TokenizedRows(whole.select_columns(["input_ids", "labels"]), 0, 0, list(range(len(whole))))
     whole = whole.add_column("num_tokens", [len(ids) for ids in whole["input_ids"]])
+    whole = whole.add_column("row", list(range(len(whole))))
     kept = _prepared(model, tokenizer, args, whole, max_length=args.max_length)
     num_truncated = sum(length > args.max_length for length in kept["num_tokens"])
-    return TokenizedRows(kept.select_columns(["input_ids", "labels"]), len(whole) - len(kept), num_truncated)
+    columns = kept.select_columns(["input_ids", "labels"])
+    return TokenizedRows(columns, len(whole) - len(kept), num_truncated, list(kept["row"]))
 
 
 def training_rows(
@@ -301,6 +305,26 @@ def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tenso
     """SFT's loss of one collated batch, summed over its loss tokens (nats) instead of averaged."""
     with trainer.accelerator.autocast():
         return trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1.0))
+
+
+def loss_sums(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, list[float] | None]:
+    """[`loss_sum`] of a batch without gradients, and its parts by row.
+
+    The parts are None where the loss is no sum over tokens' log-probabilities: DFT, label smoothing, a router's
+    auxiliary loss.
+    """
+    args, model = trainer.args, trainer.model
+    assert isinstance(args, SFTConfig)
+    assert model is not None
+    plain = args.loss_type == "nll" and trainer.label_smoother is None and not trainer.aux_loss_enabled
+    with torch.no_grad():
+        if not plain:
+            return float(loss_sum(trainer, batch)), None
+        with trainer.accelerator.autocast():
+            # The forward behind TRL's loss; asking the loss itself for its outputs would run the model twice.
+            outputs = model(**batch, use_cache=False, fused_lm_head=True)
+    rows = (-outputs.log_probs).sum(dim=1, dtype=torch.float64).tolist()
+    return sum(rows), rows
 
 
 def _prepared(

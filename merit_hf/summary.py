@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from merit_hf.config import ConfigError
 from merit_hf.evaluate import EVALUATION_NAME, evaluation_table
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.pipeline import RunResult
@@ -118,16 +119,43 @@ def run_summary(result: RunResult, output: Path) -> list[Any]:
     return lines
 
 
-def label_models(models: Mapping[str, Path]) -> dict[str, Path]:
-    """Column headings: what a model's merit.json says it is, else its folder's name; numbered where they repeat."""
+def split_label(text: str) -> tuple[str | None, str]:
+    """`LABEL=MODEL` → label and model; the label is None where there is none, or `text` as a whole is a folder."""
+    label, equals, model = text.partition("=")
+    return (label, model) if equals and not Path(text).is_dir() else (None, text)
+
+
+def label_models(models: Sequence[tuple[str | None, str, Path]], plan: PartitionPlan) -> dict[str, Path]:
+    """Column headings: the label that was given, what merit.json says the model is, or its name; numbered where they
+    repeat.
+
+    Args:
+        models: (label or None, as it was named in the call, its folder).
+
+    Raises:
+        ConfigError: two models were given the same label, or one that of the base.
+    """
     labels: dict[str, Path] = {}
-    for text, folder in models.items():
-        label = Path(text).name
-        if (folder / MANIFEST_NAME).exists():
-            manifest = read_manifest(folder)
-            label = f"group-{manifest['group']}" if manifest["kind"] == "group" else "merged"
+    for given, text, folder in models:
+        label = given or _own_label(text, folder, plan)
+        if given is not None and (given in labels or given == "base" or not given):
+            raise ConfigError(
+                f"{given}={text}: {'`base` is the base of the plan' if given == 'base' else 'that label is taken'}. "
+                "Give each model a label of its own, or none."
+            )
         unique, number = label, 2
-        while unique in labels:
+        while unique in labels or unique == "base":
             unique, number = f"{label}-{number}", number + 1
         labels[unique] = folder
     return labels
+
+
+def _own_label(text: str, folder: Path, plan: PartitionPlan) -> str:
+    if not (folder / MANIFEST_NAME).exists():
+        return Path(text).name
+    manifest = read_manifest(folder)
+    if manifest["kind"] != "group":
+        return "merged"
+    trained_on = {entry["name"] for entry in manifest["datasets"]}
+    # One group that holds everything, beside a plan of several: the joint baseline.
+    return "joint" if plan.num_groups > 1 and trained_on == set(plan.names) else f"group-{manifest['group']}"

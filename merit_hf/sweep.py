@@ -115,7 +115,7 @@ def greedy_soup(
     folders = dict(zip(numbers, verified_folders(plan, [sources[number] for number in numbers]), strict=True))
     progress = progress or Progress()
     alone = {f"group-{number}": folder for number, folder in sorted(folders.items())}
-    losses = evaluate_models(plan, alone, num_samples, progress=progress)["mean"]
+    losses = evaluate_models(plan, alone, num_samples, progress=progress, generate=False)["mean"]
 
     def loss_of(numbers: Sequence[int]) -> float:
         values = group_weights(plan, numbers, weights)
@@ -124,7 +124,9 @@ def greedy_soup(
         try:
             merge_checkpoints(plan.base_folder(), [folders[k] for k in numbers], values, scratch, **options)
             label = "groups " + " ".join(map(str, numbers))
-            return float(evaluate_models(plan, {label: scratch}, num_samples, progress=progress)["mean"][label])
+            return float(
+                evaluate_models(plan, {label: scratch}, num_samples, progress=progress, generate=False)["mean"][label]
+            )
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

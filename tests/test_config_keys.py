@@ -31,6 +31,7 @@ from merit_hf.config import (
     PlanSection,
 )
 from merit_hf.data import load_rows
+from merit_hf.evaluate import evaluate_models
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
@@ -226,12 +227,28 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
+EVALUATE_KEYS = ("datasets.metric",)
+
+
+def test_a_metric_changes_how_answers_are_scored_and_nothing_else(mixture: Path, tmp_path: Path) -> None:
+    found = []
+    for metric in ("exact_match", "chrf"):
+        overrides = ["plan.split=random", f"datasets.copy.metric={metric}", "datasets.copy.eval_fraction=0.1"]
+        plan = MeritPlanner(MeritConfig.from_yaml(mixture, overrides), QUIET).plan(tmp_path / "plan")
+        models = {"base": plan.base_folder()}
+        evaluation = evaluate_models(plan, models, progress=QUIET, max_new_tokens=4)
+        found.append((plan.sha256, evaluation["mean"], evaluation["datasets"]["copy"]["metric"]))
+    assert found[0][:2] == found[1][:2]
+    assert [metric for _, _, metric in found] == ["exact_match", "chrf"]
+
+
 HUB_KEYS = ("base.revision", "datasets.config", "datasets.split", "datasets.revision", "datasets.eval_split")
 READ_FROM_HUB = """
 import json, sys
 from pathlib import Path
 from merit_hf.config import BaseSection, DatasetSection
 from merit_hf.data import load_rows
+from merit_hf.evaluate import evaluate_models
 from merit_hf.hub import resolve_model
 out = []
 for values in json.loads(sys.argv[1]):
@@ -347,7 +364,7 @@ def test_a_placement_field_of_sft_changes_how_it_is_trained_but_not_the_plan(mix
 
 
 def test_every_key_has_a_case() -> None:
-    cases = [*PLAN_CASES, *ROW_CASES, *MERGE_CASES, *ADAPTER_KEYS, *HUB_KEYS, *PUSH_KEYS]
+    cases = [*PLAN_CASES, *ROW_CASES, *MERGE_CASES, *ADAPTER_KEYS, *EVALUATE_KEYS, *HUB_KEYS, *PUSH_KEYS]
     assert len(cases) == len(set(cases))
     assert set(cases) == KEYS
     assert set(MeritConfig.model_fields) == {*SECTIONS, "sft", "peft", "root"}

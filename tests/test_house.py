@@ -48,6 +48,7 @@ ROAD = [
     "ledger",
     "tables",
     "plan",
+    "card_evaluation",
     "cards",
     "figures",
     "manifest",
@@ -73,11 +74,20 @@ ROAD = [
     "mergekit_engine",
     "merge",
     "adapter_merge",
-    "evaluate",
     "group_merge",
+    "paired",
+    "metrics",
+    "held_out",
+    "generate",
+    "comparison",
+    "comparison_table",
+    "evaluator",
+    "evaluate",
     "sweep",
+    "harness",
     "pipeline",
     "summary",
+    "side_by_side",
     "status",
     "push",
     "cli_options",
@@ -107,6 +117,7 @@ WITHOUT_TORCH = [
     "licences",
     "tables",
     "plan",
+    "card_evaluation",
     "cards",
     "manifest",
     "sources",
@@ -124,7 +135,8 @@ WITHOUT_TORCH = [
 HUB_NAMES = {
     "hub": None,
     "hub_write": None,
-    "cards": {"DatasetCardData", "EvalResult", "ModelCardData"},
+    "card_evaluation": {"EvalResult"},
+    "cards": {"DatasetCardData", "ModelCardData"},
     "checkpoint": {"split_state_dict_into_shards_factory"},
 }
 MAX_LINES = 400
@@ -206,6 +218,7 @@ def test_conflict_and_partition_are_pure_arrays() -> None:
 
 def test_every_library_has_its_room() -> None:
     assert {item.room for item in IMPORTS if item.module.split(".")[0] == "mergekit"} <= {"mergekit_engine"}
+    assert {item.room for item in IMPORTS if item.module.split(".")[0] == "lm_eval"} == {"harness"}
     for item in IMPORTS:
         if item.module.split(".")[0] == "huggingface_hub":
             assert item.room in HUB_NAMES, f"{item.room}.py:{item.line}"
