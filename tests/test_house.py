@@ -56,6 +56,14 @@ ROAD = [
     "merge",
     "group_merge",
     "evaluate",
+    "basin",
+    "verdict",
+    "interpolate",
+    "losses",
+    "analysis",
+    "probe",
+    "diagnosis_text",
+    "diagnosis",
     "pipeline",
     "summary",
     "cli",
@@ -88,7 +96,7 @@ HUB_NAMES = {
     "checkpoint": {"split_state_dict_into_shards_factory"},
 }
 MAX_LINES = 400
-COMMANDS = ("plan", "train", "merge", "verify", "evaluate", "run")
+COMMANDS = ("plan", "train", "merge", "verify", "evaluate", "diagnose", "run")
 
 
 class Import(NamedTuple):
@@ -204,7 +212,7 @@ def test_public_names_are_there() -> None:
 
     for name in merit_hf.__all__:
         assert getattr(merit_hf, name).__name__ == name
-    promised = "MeritConfig MeritPlanner PartitionPlan MeritCallback train_group merge_groups verify_checkpoint"
+    promised = "MeritConfig MeritPlanner PartitionPlan MeritCallback train_group merge_groups verify_checkpoint diagnose"
     assert set(promised.split()) <= set(merit_hf.__all__)
     with pytest.raises(AttributeError, match="nothing_such"):
         merit_hf.nothing_such  # noqa: B018
