@@ -72,7 +72,7 @@ def _dataset_table(content: Mapping[str, Any]) -> tuple[str, list[str], list[lis
                 _estimate(entry["gain"]["measured"]) if entry["gain"] else "–",
                 _estimate(step["rho"]) if step else "–",
                 f"{ridge['height']['value']:+.3f} {ridge['from']}–{ridge['to']}",
-            ]  # fmt: skip
+            ]
         )
     title = "Held-out loss (nats); gain of the mean over its groups, ρ = gain ÷ prediction, highest barrier"
     return title, ["dataset", "group", *compared, "gain", "ρ", "highest barrier"], rows
