@@ -52,8 +52,8 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class OwnRows:
-    """Losses of base and group on training rows of the group's datasets: nats [2, num_rows], tokens, spans."""
+class Pair:
+    """Losses of the same rows twice, whose difference (second − first) counts: nats [2, num_rows], tokens, spans."""
 
     nats: np.ndarray
     tokens: np.ndarray
@@ -87,22 +87,30 @@ class Analysis:
 
 
 def analyse_losses(
-    survey: Survey, held_out: HeldOut, own: Mapping[int, OwnRows], num_bootstrap: int, seed: int = 0
+    survey: Survey,
+    held_out: HeldOut,
+    training: Mapping[int, Pair],
+    prompts: Mapping[int, Pair],
+    num_bootstrap: int,
+    seed: int = 0,
 ) -> Analysis:
     """Gain, ρ, barriers, changes, exclusions and perturbations: per dataset, over all, and of each group on its own.
 
     Args:
-        own: training rows by group; a group may be missing.
+        training: by group, base and group on training rows of its datasets; a group may be missing.
+        prompts: by group, the group on held-out rows of its datasets, and on their answers under other prompts.
     """
     result = Analysis()
-    everything, by_group = _Sums(), {group: _Sums() for group in survey.weights}
+    everything = _Sums()
+    by_group = {group: _Sums() for group in survey.weights}
+    others = {group: _Sums() for group in survey.weights}
     for number, (name, span) in enumerate(held_out.spans.items()):
         tokens = held_out.tokens[span]
         losses = basin.resample(held_out.nats[:, span], tokens, num_bootstrap, seed + number)
         everything.add(losses, len(tokens))
         group = held_out.groups[name]
-        if group in by_group:
-            by_group[group].add(losses, len(tokens))
+        for one in survey.weights:
+            (by_group if one == group else others)[one].add(losses, len(tokens))
         result.datasets[name] = {
             "group": group,
             "num_examples": len(tokens),
@@ -111,14 +119,24 @@ def analyse_losses(
         }
     result.overall = _entry(survey, everything.draws(held_out.points))
     for group, sums in by_group.items():
-        row: dict[str, Any] = {"group": group, "own": {"held_out": None, "training": None}}
+        own: dict[str, Any] = {"held_out": None, "first_half": None, "second_half": None}
         if sums.count:
-            changes = basin.changes(survey, sums.draws(held_out.points))
-            row["own"]["held_out"] = changes[f"group-{group}-base"]
-        if group in own:
-            row["own"]["training"] = _training_change(own[group], num_bootstrap, seed)
-        row["exclude"] = result.overall["exclude"].get(str(group))
-        result.groups.append(row)
+            own = basin.progress_of(survey, sums.draws(held_out.points), group)
+        without = None
+        if others[group].count and survey.several:
+            without = basin.exclusions(survey, others[group].draws(held_out.points))[str(group)]
+        result.groups.append(
+            {
+                "group": group,
+                "own": {
+                    **own,
+                    "training": _difference(training.get(group), num_bootstrap, seed),
+                    "prompts": _difference(prompts.get(group), num_bootstrap, seed),
+                },
+                "exclude": result.overall["exclude"].get(str(group)),
+                "exclude_for_others": without,
+            }
+        )
     return result
 
 
@@ -192,14 +210,15 @@ def _entry(survey: Survey, draws: Draws) -> dict[str, Any]:
     }
 
 
-def _training_change(own: OwnRows, num_bootstrap: int, seed: int) -> dict[str, float | None]:
+def _difference(pair: Pair | None, num_bootstrap: int, seed: int) -> dict[str, float | None] | None:
+    if pair is None:
+        return None
     sums = _Sums()
-    for number, span in enumerate(own.spans.values()):
-        tokens = own.tokens[span]
-        sums.add(basin.resample(own.nats[:, span], tokens, num_bootstrap, seed + number), len(tokens))
-    base, group = Point.of({"base": 1.0}), Point.of({"group": 1.0})
-    draws = sums.draws([base, group])
-    return draws.estimate(draws.at(group) - draws.at(base))
+    for number, span in enumerate(pair.spans.values()):
+        tokens = pair.tokens[span]
+        sums.add(basin.resample(pair.nats[:, span], tokens, num_bootstrap, seed + number), len(tokens))
+    draws = sums.draws([])
+    return draws.estimate(draws.losses[:, 1] - draws.losses[:, 0])
 
 
 def _distance(gram: np.ndarray, labels: Sequence[str], one: str, two: str) -> float | None:

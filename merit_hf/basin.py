@@ -230,6 +230,17 @@ def changes(survey: Survey, draws: Draws) -> dict[str, Any]:
     }
 
 
+def progress_of(survey: Survey, draws: Draws, group: int) -> dict[str, Any]:
+    """How the loss changes from the base to a group, to half its way, and from there on: too long a way shows there."""
+    points = survey.on_path(("base", f"group-{group}"))
+    base, half, end = (draws.at(points[index]) for index in (0, len(points) // 2, -1))
+    return {
+        "held_out": draws.estimate(end - base),
+        "first_half": draws.estimate(half - base),
+        "second_half": draws.estimate(end - half),
+    }
+
+
 def exclusions(survey: Survey, draws: Draws) -> dict[str, Any]:
     """Loss of the mean without a group − loss of the mean."""
     if not survey.several:

@@ -118,7 +118,7 @@ def save_diagnosis(content: Mapping[str, Any], folder: Path) -> Path:
 def _content(plan: PartitionPlan, probed: Probed, folders: Mapping[int, Path]) -> dict[str, Any]:
     """diagnosis.json without its verdict."""
     survey = probed.survey
-    losses = analyse_losses(survey, probed.held_out, probed.own, NUM_BOOTSTRAP)
+    losses = analyse_losses(survey, probed.held_out, probed.training, probed.prompts, NUM_BOOTSTRAP)
     content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": "groups" if survey.weights else "base",

@@ -218,6 +218,29 @@ class Store:
         return self._folder / f"{canonical_sha256(inputs)[:32]}.npy"
 
 
+def under_other_prompts(rows: datasets.Dataset) -> datasets.Dataset | None:
+    """Every answer under the prompt of the next row; where prompts tell the answers, that costs loss.
+
+    None where it means nothing: fewer than two rows, a row without a prompt or with loss tokens before its end, or
+    one prompt for all.
+    """
+    ids, labels = list(rows["input_ids"]), list(rows["labels"])
+    starts = [next((i for i, label in enumerate(row) if label != -100), 0) for row in labels]
+    prompts = [tuple(row[:start]) for row, start in zip(ids, starts, strict=True)]
+    whole = all(-100 not in row[start:] for row, start in zip(labels, starts, strict=True))
+    if not whole or not all(starts) or len(set(prompts)) < 2:
+        return None
+    others = [*prompts[1:], prompts[0]]
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": [[*other, *row[start:]] for other, row, start in zip(others, ids, starts, strict=True)],
+            "labels": [
+                [-100] * len(other) + row[start:] for other, row, start in zip(others, labels, starts, strict=True)
+            ],
+        }
+    )
+
+
 def _tokenise(
     dataset: LoadedDataset,
     rows: datasets.Dataset,

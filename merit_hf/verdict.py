@@ -14,11 +14,14 @@ from typing import Any
 from merit_hf.basin import more_than_chance
 
 TOLERANCE = 0.01  # nats: differences below it are none
+PROMPT_EFFECT = 0.1  # nats: what the right prompt is worth to an answer that follows from it
 RHO_RANGE = (0.8, 1.2)  # of a basin that is quadratic as far as the groups reach
 NOT_THE_MEAN = 0.05  # of the mean's displacement
 SHARP = 0.1  # of the base's loss, gained by noise of READY_SIGMA
 READY_SIGMA = 0.05
 UNTRAINED = 0.9  # of the loss of guessing every token alike
+
+_ROUGHLY = "What is predicted of this merge holds only roughly: judge it by the measured losses."
 
 PROBLEM, CAUTION, NOTE = "problem", "caution", "note"
 _STATUS = {PROBLEM: 2, CAUTION: 1, NOTE: 0}
@@ -81,21 +84,22 @@ def _group_findings(content: Mapping[str, Any], learning_rate: float | None) -> 
         rows = [row for row in content["groups"] if row["group"] in groups]
         everywhere = len(groups) == len(content["groups"])
         text = " ".join(_FAULTS[code](content, row) for row in rows)
-        if code in ("left_basin", "diverged"):
+        if code in ("left_basin", "diverged", "overshot"):
             whose = "sft.learning_rate" if everywhere else f"the learning rate of {_groups(groups)}"
             now = f" ({learning_rate:g} now)" if learning_rate is not None else ""
-            cure = f"Lower {whose}{now}, or train for fewer steps"
+            cure = f"Lower {whose}{now}, or train for fewer steps."
         elif code == "wrong_data":
             cure = f"Look at the rows of {_groups(groups)}: do training and held-out rows ask for the same answers?"
-            cure += " If they do, train for fewer epochs"
+            cure += " If they do, train for fewer epochs."
         else:
             cure = f"Look at the rows of {_groups(groups)}: can their answers be told from their prompts?"
+        cure += _exclusion_advice(rows, "exclude_for_others" if code == "noise" else "exclude", everywhere)
         findings.append(
             Finding(
                 code,
                 PROBLEM,
                 text,
-                cure + _exclusion_advice(rows, everywhere),
+                cure,
                 groups,
                 _datasets_of(content, code, rows),
             )
@@ -105,7 +109,7 @@ def _group_findings(content: Mapping[str, Any], learning_rate: float | None) -> 
             text = f"Group {row['group']} does not verify against the plan: {row['checks_failed'][0]}."
             cure = "Train it again from this plan."
             findings.append(Finding("not_verified", PROBLEM, text, cure, [row["group"]]))
-        elif not faults[row["group"]] and _below(row["exclude"]):
+        if not faults[row["group"]] and _below(row["exclude"]):
             text = f"The mean is better without group {row['group']} by {_nats(row['exclude'], -1)}."
             cure = f"Consider `merit merge --exclude {row['group']}`."
             findings.append(Finding("better_without", CAUTION, text, cure, [row["group"]]))
@@ -121,8 +125,13 @@ def _fault(content: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
         return "left_basin"
     if held_out is None:
         return None
+    if _above(row["own"]["second_half"]) and _below(row["own"]["first_half"]):
+        return "overshot"
     if _above(held_out):
         return "wrong_data"
+    prompts = row["own"]["prompts"]
+    if prompts is not None and prompts["low"] is not None and prompts["low"] <= 0 and prompts["high"] < PROMPT_EFFECT:
+        return "noise"
     improved = held_out["value"] < -TOLERANCE and (held_out["high"] is None or held_out["high"] < 0)
     return None if improved else "learnt_nothing"
 
@@ -155,6 +164,14 @@ def _say_diverged(content: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     )
 
 
+def _say_overshot(content: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    own = row["own"]
+    return (
+        f"Group {row['group']} went too far: on its own datasets the first half of its way changes the held-out loss by "
+        f"{_signed(own['first_half'])}, the second by {_signed(own['second_half'])}."
+    )
+
+
 def _say_wrong(content: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     training = row["own"]["training"]
     learnt = (
@@ -178,16 +195,26 @@ def _say_nothing(content: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         else "it learnt nothing"
     )
     return (
-        f"Group {row['group']} is noise to the merge: the held-out loss of its own datasets changed by "
+        f"Group {row['group']} is of no use to the merge: the held-out loss of its own datasets changed by "
         f"{_signed(held_out)}, so {learnt}, and its displacement of {row['displacement']:.3g} is variance without "
         "gain."
+    )
+
+
+def _say_noise(content: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    return (
+        f"Group {row['group']} learnt noise: to it the answers of its own held-out rows are as likely under other "
+        f"rows' prompts (their loss changes by {_signed(row['own']['prompts'])}). It learnt how answers look (held-out loss "
+        f"{_signed(row['own']['held_out'])} against the base), not what they say."
     )
 
 
 _FAULTS = {
     "left_basin": _say_left,
     "diverged": _say_diverged,
+    "overshot": _say_overshot,
     "wrong_data": _say_wrong,
+    "noise": _say_noise,
     "learnt_nothing": _say_nothing,
 }
 
@@ -225,9 +252,17 @@ def _merge_findings(content: Mapping[str, Any], learning_rate: float | None) -> 
 
 def _rho_findings(gain: Mapping[str, Any]) -> list[Finding]:
     known = [(step["epsilon"], step["rho"]) for step in gain["ladder"] if step["rho"] is not None]
-    if not known:
-        text = "The predicted gain cannot be told from 0, so there is no ρ: the groups hardly differ, or bend no loss."
-        return [Finding("no_prediction", NOTE, text)]
+    if not known and not _above(gain["measured"]) and not _below(gain["measured"]):
+        text = "Neither the measured nor the predicted gain can be told from 0: the groups hardly differ."
+        return [Finding("no_gain", NOTE, text)]
+    if len(known) < len(gain["ladder"]):
+        missing = ", ".join(f"{step['epsilon']:g}" for step in gain["ladder"] if step["rho"] is None)
+        text = (
+            f"The loss does not surely bend upwards around the mean (the predicted gain cannot be told from 0, or is "
+            f"negative, at ε = {missing}); the measured gain over the groups' own average is "
+            f"{_signed(gain['measured'])}."
+        )
+        return [Finding("not_quadratic", CAUTION, text, _ROUGHLY)]
     shown = ", ".join(f"{rho['value']:.2f} at ε = {epsilon:g}" for epsilon, rho in known)
     low, high = RHO_RANGE
     outside = [rho for _, rho in known if not low <= rho["value"] <= high]
@@ -236,8 +271,7 @@ def _rho_findings(gain: Mapping[str, Any]) -> list[Finding]:
         return [Finding("quadratic", NOTE, f"The basin is quadratic as far as the groups reach: ρ is {shown}.")]
     sure = "is not" if clear else "may not be"
     text = f"The basin {sure} quadratic as far as the groups reach: ρ is {shown}, and should be near 1."
-    cure = "What is predicted of this merge holds only roughly: judge it by the measured losses." if clear else ""
-    return [Finding("not_quadratic", CAUTION if clear else NOTE, text, cure)]
+    return [Finding("not_quadratic", CAUTION if clear else NOTE, text, _ROUGHLY if clear else "")]
 
 
 def _control_findings(content: Mapping[str, Any]) -> list[Finding]:
@@ -293,18 +327,21 @@ def _base_findings(content: Mapping[str, Any], vocab_size: int | None) -> list[F
     if rise > SHARP * loss:
         cure = "Groups may leave so narrow a basin: use a low learning rate, and diagnose again after it."
         return [Finding("sharp_base", severity, text + ": the ground around it is steep.", cure)]
-    return [Finding("flat_base", NOTE, text + ": it is ready to be merged around.")]
+    return [Finding("flat_base", NOTE, text + ": flat enough to merge around.")]
 
 
-def _exclusion_advice(rows: Sequence[Mapping[str, Any]], everywhere: bool) -> str:
+def _exclusion_advice(rows: Sequence[Mapping[str, Any]], key: str, everywhere: bool) -> str:
     """The other remedy, where it was measured to help."""
-    helps = [row for row in rows if _below(row["exclude"])]
-    if not helps or everywhere:
-        harms = [row for row in rows if row["exclude"] is not None]
-        return ". Leaving it out of the merge does not lower the mean loss." if harms and not everywhere else "."
+    if everywhere or rows[0][key] is None:
+        return ""
+    whose = "mean loss" if key == "exclude" else "mean loss on the other groups' datasets"
+    helps = [row for row in rows if _below(row[key])]
+    if not helps:
+        return f" Leaving it out of the merge was measured, and does not surely lower the {whose}."
     options = " ".join(f"--exclude {row['group']}" for row in helps)
-    gains = ", ".join(_signed(row["exclude"]) for row in helps)
-    return f". Or merge with `{options}` (measured: mean loss {gains}{' each' if len(helps) > 1 else ''})."
+    gains = ", ".join(_signed(row[key]) for row in helps)
+    alone = " (each alone)" if len(helps) > 1 else ""
+    return f" Or merge with `{options}`: measured, the {whose} changes by {gains}{alone}."
 
 
 def _datasets_of(content: Mapping[str, Any], code: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -319,7 +356,7 @@ def _all_is_well(content: Mapping[str, Any]) -> str:
     gain = content["overall"]["gain"]
     change = content["overall"]["changes"]["mean-base"]
     gained = f", and averaging gained {_nats(gain['measured'])} over the groups' own average" if gain else ""
-    return f"Healthy: the groups stayed in one basin. The mean's loss is {_signed(change)} against the base{gained}."
+    return f"The groups stayed in one basin. The mean's loss is {_signed(change)} against the base{gained}."
 
 
 def _next_step(content: Mapping[str, Any]) -> str:
