@@ -231,7 +231,7 @@ def changes(survey: Survey, draws: Draws) -> dict[str, Any]:
 
 
 def progress_of(survey: Survey, draws: Draws, group: int) -> dict[str, Any]:
-    """How the loss changes from the base to a group, to half its way, and from there on: too long a way shows there."""
+    """Changes of the loss from the base to a group, over the first half of the way and over the second."""
     points = survey.on_path(("base", f"group-{group}"))
     base, half, end = (draws.at(points[index]) for index in (0, len(points) // 2, -1))
     return {

@@ -21,7 +21,7 @@ from merit_hf.basin import Point
 from merit_hf.checkpoint import TensorInfo
 from merit_hf.config import MeritError
 
-_PIECE = 1 << 20  # elements: 8 MB in float64 for each checkpoint
+_PIECE = 1 << 17  # elements: 1 MB in float64 for each checkpoint
 
 
 class TensorSource(Protocol):

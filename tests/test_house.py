@@ -57,6 +57,7 @@ ROAD = [
     "group_merge",
     "evaluate",
     "basin",
+    "evidence",
     "verdict",
     "interpolate",
     "losses",
