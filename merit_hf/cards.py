@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 import yaml
-from huggingface_hub import DatasetCardData, ModelCardData
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from merit_hf.config import MeritError
-from merit_hf.text import Markdown, code, escape_markdown, fenced, find_local_paths, hide_local_paths
+from merit_hf.text import (
+    Markdown,
+    code,
+    escape_markdown,
+    fenced,
+    find_local_paths,
+    hide_local_paths,
+    public_text,
+)
 
 if TYPE_CHECKING:
     from merit_hf.plan import PartitionPlan
@@ -90,9 +98,17 @@ def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
 
 
 def merged_model_card(
-    plan: PartitionPlan, manifest: Mapping[str, Any], mergekit_config: str, evaluation: Mapping[str, Any] | None = None
+    plan: PartitionPlan,
+    manifest: Mapping[str, Any],
+    mergekit_config: str,
+    evaluation: Mapping[str, Any] | None = None,
+    licence: str | None = None,
+    model_name: str | None = None,
 ) -> str:
-    """README.md of a merged model, with the evaluation table where there is one."""
+    """README.md of a merged model, with the evaluation table where there is one.
+
+    `model_name` is the name under which it is published: with it, metadata holds the evaluation as a `model-index`.
+    """
     parents = [group["repo_id"] for group in manifest["groups"] if group.get("repo_id")]
     if len(parents) < len(manifest["groups"]):
         # Some groups are local: the base is the parent that all have in common, where it is on the Hub.
@@ -104,7 +120,10 @@ def merged_model_card(
         base_model=parents or None,
         base_model_relation="merge" if parents else None,
         datasets=_hub_datasets([{"repo_id": d.repo_id} for d in plan.datasets if d.group in merged]) or None,
+        license=licence,
         tags=["merge", "mergekit", "merit"],
+        model_name=model_name,
+        eval_results=_eval_results(plan, evaluation) if evaluation and model_name else None,
     )
     stats = manifest.get("stats", {})
     return _render(
@@ -127,6 +146,34 @@ def merged_model_card(
         versions=_settings(manifest["versions"]),
         plan_id=Markdown(plan.repo_id or "PLAN"),
     )
+
+
+def keep_metadata(card: str, existing: str) -> str:
+    """`card` with what an existing card's metadata holds besides: a licence, languages, further `configs:` and tags.
+
+    Values of `card` win; `configs:` are joined by name and `tags:` united. An existing card without readable metadata
+    keeps nothing.
+    """
+    try:
+        before = yaml.safe_load(existing.split("---\n", 2)[1]) if existing.startswith("---\n") else None
+    except (yaml.YAMLError, IndexError):
+        before = None
+    _, ours, body = card.split("---\n", 2)
+    now = yaml.safe_load(ours)
+    if not isinstance(before, dict):
+        return card
+    merged = {**before, **now}
+    for key, name in (("configs", lambda item: item["config_name"]), ("tags", str)):
+        old, new = before.get(key), now.get(key) or []
+        if isinstance(old, list):
+            taken = {name(item) for item in new}
+            merged[key] = new + [
+                item
+                for item in old
+                if (isinstance(item, dict) and "config_name" in item) == (key == "configs") and name(item) not in taken
+            ]
+    text = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---\n{body}"
 
 
 def validate_card(text: str) -> None:
@@ -245,6 +292,27 @@ def _evaluation_table(evaluation: Mapping[str, Any]) -> Markdown:
     ]
     rows.append(["mean", "", *(f"{evaluation['mean'][label]:.3f}" for label in labels)])
     return _table(("dataset", "group", *labels), rows)
+
+
+def _eval_results(plan: PartitionPlan, evaluation: Mapping[str, Any]) -> list[EvalResult]:
+    """The merged model's held-out loss on every dataset, as a model card's `model-index` wants it."""
+    if "merged" not in evaluation["models"]:
+        return []
+    repos = {dataset.name: dataset for dataset in plan.datasets}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=repos[name].repo_id or "local",
+            dataset_name=public_text(name),
+            dataset_config=repos[name].config,
+            dataset_revision=repos[name].revision,
+            metric_type="loss",
+            metric_name="held-out SFT loss (nats a token)",
+            metric_value=round(float(row["loss"]["merged"]), 6),
+        )
+        for name, row in evaluation["datasets"].items()
+        if name in repos
+    ]
 
 
 def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:

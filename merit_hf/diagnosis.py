@@ -23,11 +23,12 @@ from merit_hf.diagnosis_text import diagnosis_readme
 from merit_hf.evidence import TOLERANCE, left_basin_on
 from merit_hf.group_merge import group_weights
 from merit_hf.losses import Store
-from merit_hf.manifest import read_manifest, verify_checkpoint
+from merit_hf.manifest import read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.probe import Probed, probe
 from merit_hf.progress import Progress
 from merit_hf.verdict import judge
+from merit_hf.verify import verify_checkpoint
 
 SCHEMA_VERSION = 1
 DIAGNOSIS_NAME = "diagnosis.json"
