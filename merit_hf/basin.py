@@ -35,9 +35,9 @@ class Point:
 
     @classmethod
     def of(cls, coefficients: Mapping[str, float], noise: tuple[float, int] | None = None) -> Point:
-        # Rounded, so that one place reached in two ways is measured once.
-        rounded = {label: round(value, 12) for label, value in coefficients.items()}
-        return cls(tuple(sorted((label, value) for label, value in rounded.items() if value)), noise)
+        # Rounded, so that one place reached in two ways is measured once, and without what rounding leaves of a 0.
+        rounded = {label: round(value, 12) for label, value in coefficients.items() if abs(value) > 1e-9}
+        return cls(tuple(sorted(rounded.items())), noise)
 
 
 def between(first: Point, second: Point, position: float) -> Point:
