@@ -1,4 +1,4 @@
-"""Real trainings that went well or wrong in known ways: each gets its own verdict, with the remedy that was measured."""
+"""Real trainings that went well or wrong in known ways: each gets its verdict, and the remedy that was measured."""
 
 from __future__ import annotations
 
