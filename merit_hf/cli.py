@@ -246,6 +246,43 @@ def evaluate(
 
 
 @app.command()
+def diagnose(
+    plan: PlanArgument,
+    output: Output,
+    checkpoints: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[CHECKPOINT]...", help="The groups' checkpoints; none: is the base ready?"),
+    ] = None,
+    merged: Annotated[Optional[str], typer.Option(help="The merged model. Its weights are then used.")] = None,
+    joint: Annotated[Optional[str], typer.Option(help="A model trained on everything, to compare with.")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="At most so many rows a dataset.")] = 64,
+    epsilon: Annotated[
+        Optional[list[float]], typer.Option(help="Step of the curvature, may be given again: 0.25, 0.5, 1.")
+    ] = None,
+    path_points: Annotated[int, typer.Option(min=1, help="Points inside every path between two models.")] = 1,
+    forward_only: Annotated[
+        bool, typer.Option("--forward-only", help="No gradients: half the memory, no curvature of single layers.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Say why the merged model is as it is: one basin or not, which group is at fault, and the remedy."""
+    with exit_on_error(debug):
+        quiet()
+        from merit_hf.diagnosis import diagnose
+        from merit_hf.diagnosis_text import diagnosis_lines
+        from merit_hf.plan import PartitionPlan
+
+        content = diagnose(
+            PartitionPlan.from_pretrained(plan), [checkpoint_folder(text) for text in checkpoints or ()], output,
+            merged=checkpoint_folder(merged) if merged else None, joint=checkpoint_folder(joint) if joint else None,
+            num_samples=num_samples, epsilons=epsilon or (0.25, 0.5, 1.0), path_points=path_points,
+            forward_only=forward_only,
+        )  # fmt: skip
+        say(*diagnosis_lines(content))
+        say(f"All numbers are in {output}/diagnosis.json, the verdict in {output}/README.md.")
+
+
+@app.command()
 def run(
     config: ConfigArgument,
     output: Output,

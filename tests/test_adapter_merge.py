@@ -24,7 +24,7 @@ from merit_hf.adapters import (
     adapter_settings,
     is_adapter,
 )
-from merit_hf.average import Checkpoint
+from merit_hf.align import Checkpoint
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.group_merge import adapters_recipe
 from merit_hf.merge import merge_checkpoints

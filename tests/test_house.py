@@ -85,6 +85,15 @@ ROAD = [
     "evaluate",
     "sweep",
     "harness",
+    "basin",
+    "evidence",
+    "verdict",
+    "interpolate",
+    "losses",
+    "analysis",
+    "probe",
+    "diagnosis_text",
+    "diagnosis",
     "pipeline",
     "summary",
     "side_by_side",
@@ -145,6 +154,7 @@ COMMANDS = (
     "train",
     "merge",
     "evaluate",
+    "diagnose",
     "run",
     "verify",
     "push",
@@ -271,7 +281,7 @@ def test_public_names_are_there() -> None:
     for name in merit_hf.__all__:
         assert getattr(merit_hf, name).__name__ == name
     promised = "MeritConfig MeritPlanner PartitionPlan MeritCallback train_group merge_groups verify_checkpoint"
-    assert set(promised.split()) <= set(merit_hf.__all__)
+    assert {*promised.split(), "diagnose"} <= set(merit_hf.__all__)
     with pytest.raises(AttributeError, match="nothing_such"):
         merit_hf.nothing_such  # noqa: B018
 
