@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from merit_hf.plan import PartitionPlan
 
 # What each `plan.split` does with the datasets.
-_SPLITS = {
+SPLITS = {
     "merit": "so that those whose gradients conflict are kept apart",
     "kmeans": "by k-means on their gradients, as a baseline",
     "random": "at random, as a baseline",
@@ -52,7 +52,7 @@ def plan_dataset_card(plan: PartitionPlan) -> str:
         plan=plan,
         base=_base(plan.base),
         sections=plan.config["plan"],
-        how=_SPLITS[plan.config["plan"]["split"]],
+        how=SPLITS[plan.config["plan"]["split"]],
         groups=plan.groups,
         members={group.group: _names(group.datasets) for group in plan.groups},
         pairs=_extreme_pairs(plan),
@@ -119,9 +119,9 @@ def merged_model_card(
             [str(g["group"]), members.get(g["group"], ""), f"{g['num_input_tokens']:,}", f"{g['weight']:.6f}"]
             for g in manifest["groups"]
         ],
-        how=_SPLITS[plan.config["plan"]["split"]],
+        how=SPLITS[plan.config["plan"]["split"]],
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
-        command=Markdown(_merge_command(plan, manifest)),
+        command=Markdown(merge_command(plan, manifest)),
         evaluation=_evaluation_table(evaluation) if evaluation else None,
         mergekit_config=fenced(_public_recipe(mergekit_config, manifest), "yaml"),
         versions=_settings(manifest["versions"]),
@@ -143,7 +143,7 @@ def validate_card(text: str) -> None:
         raise MeritError(f"the card would show a path of this machine: {paths[0]}")
 
 
-def _merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
+def merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
     """The `merit merge` call that makes this model again."""
     folders = " ".join(f"groups/{group['group']}" for group in manifest["groups"])
     command = f"merit merge {plan.repo_id or 'PLAN'} {folders} --output merged"

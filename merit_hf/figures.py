@@ -46,7 +46,7 @@ def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequ
     Args:
         matrix: C, [T, T]. groups: the group of each dataset, [T].
     """
-    order = _display_order(matrix, groups)
+    order = display_order(matrix, groups)
     count = len(order)
     side = float(np.clip(2.2 + 0.36 * min(count, _MAX_LABELS), 3.8, 14.0))
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
@@ -148,7 +148,7 @@ def _axis_label(axis: int, explained: Sequence[float]) -> str:
     return f"conflict axis {axis + 1}{share}"
 
 
-def _display_order(matrix: np.ndarray, groups: Sequence[int]) -> np.ndarray:
+def display_order(matrix: np.ndarray, groups: Sequence[int]) -> np.ndarray:
     """Positions sorted by group, and inside a group by hierarchical clustering of the rows."""
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform

@@ -1,0 +1,105 @@
+"""`merit report DIR`: one HTML page that says what was planned, trained and merged, and why it is as it is.
+
+The page is one file: figures, their library (Plotly, in full), style and script are in it, and its own policy forbids it
+to load anything. The same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.utils import htmlsafe_json_dumps
+from plotly.offline import get_plotlyjs
+
+from merit_hf.config import MeritError
+from merit_hf.results import diagnosis_facts, evaluation_facts
+from merit_hf.run_folder import RunFolder, read_run
+from merit_hf.sections import in_short, merge_facts, plan_facts, provenance_facts, training_facts
+from merit_hf.text import public_text
+
+REPORT_NAME = "report.html"
+
+
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Write the page of the run, or the plan, in `folder`.
+
+    Args:
+        folder (`str` or `Path`): what `merit run` made, a folder with a plan in plan/, or a plan.
+        output (`str` or `Path`, *optional*, defaults to `folder`/report.html): the file to write.
+
+    Returns:
+        The page's path. A page that would not change is not written again.
+
+    Raises:
+        ConfigError: no plan in `folder`. MeritError: a file of it cannot be read.
+    """
+    folder = Path(folder)
+    path = Path(output) if output is not None else folder / REPORT_NAME
+    page = render_report(read_run(folder)).encode("utf-8")
+    if path.is_file() and path.read_bytes() == page:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(page)
+    os.replace(part, path)
+    return path
+
+
+def render_report(run: RunFolder) -> str:
+    """The page as text.
+
+    Raises:
+        MeritError: a manifest, the evaluation or the diagnosis lacks what its format promises.
+    """
+    training = _facts("groups/*/merit.json", training_facts, run)
+    merge = _facts("merged/merit.json", merge_facts, run)
+    evaluation = _facts("evaluation.json", evaluation_facts, run)
+    diagnosis = _facts("diagnosis.json", diagnosis_facts, run)
+    plan = plan_facts(run.plan)
+    sections = [plan, training, evaluation]
+    figures = {chart["id"]: chart for section in sections if section for chart in section["charts"]}
+    scripts = {"plotly": get_plotlyjs(), "page": _template("report.js")}
+    return _environment().from_string(_template("report.html")).render(
+        run=run, plan=run.plan, facts=plan, training=training, merge=merge, evaluation=evaluation,
+        diagnosis=diagnosis, provenance=provenance_facts(run), short=in_short(run, training, merge),
+        figures=htmlsafe_json_dumps(figures, sort_keys=True, separators=(",", ":"), allow_nan=False),
+        style=_template("report.css"),
+        scripts=scripts, script_hashes=" ".join(_csp_hash(source) for source in scripts.values()),
+    )  # fmt: skip
+
+
+def _facts(what: str, function: Callable[[RunFolder], dict[str, Any] | None], run: RunFolder) -> Any:
+    try:
+        return function(run)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise MeritError(
+            f"{what}: not as its command writes it ({type(error).__name__}: {error}). Run that command again."
+        ) from error
+
+
+def _environment() -> jinja2.Environment:
+    """Everything is escaped; text that is not markup is one line without local paths."""
+
+    def finalize(value: Any) -> Any:
+        return public_text(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+    environment = jinja2.Environment(
+        autoescape=True, finalize=finalize, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["block"] = lambda text: jinja2.filters.do_mark_safe(jinja2.filters.escape(text))
+    return environment
+
+
+def _template(name: str) -> str:
+    return importlib.resources.files("merit_hf.templates").joinpath(name).read_text(encoding="utf-8")
+
+
+def _csp_hash(source: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode('utf-8')).digest()).decode('ascii')}'"
