@@ -37,7 +37,7 @@
 
   function drawPlain(chart, element) {
     const layout = resolved(chart.layout);
-    if (narrow(element) && chart.id === "comparison") {
+    if (narrow(element) && ["comparison", "gain"].includes(chart.id)) {
       layout.yaxis.tickfont = { size: 9 };
       layout.legend.font = { size: 11 };
     }
@@ -80,7 +80,7 @@
     const [trace] = resolved(chart.data);
     const layout = resolved(chart.layout);
     Object.assign(trace, { x: labels, y: labels, z: order.map((row) => order.map((column) => cosine(row, column))) });
-    if (count <= 16 && !small) Object.assign(trace, { texttemplate: "%{z:.2f}", textfont: { size: 10 } });
+    if (count <= 16 && !small) trace.texttemplate = "%{z:.2f}";
     trace.colorbar.tickfont = { size: 10 };
     if (small) {
       // Names would leave no room for the cells: they are in the labels and in the line below.
@@ -91,9 +91,12 @@
     }
     if (document.getElementById("order").value === "groups") Object.assign(layout, groupBoxes(chart, order));
     layout.margin = { ...layout.margin, t: 24 };
-    const side = small ? element.clientWidth + 30 : Math.min(element.clientWidth, Math.max(420, 230 + 34 * Math.min(count, 20)));
-    const made = themed(layout, element, side);
-    made.width = small ? element.clientWidth : Math.min(element.clientWidth, side + 90);
+    // Cells are squares: what the names and the scale take is added to the side, or taken from it.
+    const names = layout.yaxis.showticklabels === false ? 0 : 14 + (small ? 4.6 : 5.8) * Math.max(...order.map((index) => chart.labels[index].length));
+    const scale = small ? 0 : 75;
+    const side = Math.min(element.clientWidth - names - scale - 16, Math.max(240, 42 * Math.min(count, 16)));
+    const made = themed(layout, element, side + (small ? 90 : names + 40));
+    made.width = side + names + scale + 16;
     return draw(element, [trace], made).then(() => {
       if (element.dataset.listens) return;
       element.dataset.listens = "yes";
@@ -202,7 +205,9 @@
     heads.forEach((head, column) => {
       const button = document.createElement("button");
       button.type = "button";
-      button.append(...head.childNodes);
+      button.className = "head";
+      button.append(...head.firstElementChild.childNodes);
+      head.replaceChildren();
       head.append(button);
       head.setAttribute("aria-sort", "none");
       button.addEventListener("click", () => {

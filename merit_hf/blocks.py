@@ -1,4 +1,4 @@
-"""What the report's page is put together from: tables with cells that know their number, and numbers as people read them."""
+"""What the report is put together from: tables whose cells know their number, and numbers as people read them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Table:
 
     @property
     def searchable(self) -> bool:
-        return len(self.rows) > 15
+        return len(self.rows) > 20
 
     @property
     def sortable(self) -> bool:

@@ -60,7 +60,8 @@ def conflict_chart(matrix: np.ndarray, names: Sequence[str], groups: Sequence[in
     trace = {
         "type": "heatmap", "zmin": -limit, "zmax": limit, "colorscale": "--diverging", "xgap": 0, "ygap": 0,
         "hovertemplate": "%{y}<br>%{x}<br>cosine %{z:.2f}<extra></extra>",
-        "colorbar": {"thickness": 12, "title": {"text": "cosine", "side": "right"}, "outlinewidth": 0},
+        "textfont": {"size": 10, "color": "--ink"},
+        "colorbar": {"thickness": 12, "title": {"text": "cosine", "side": "top"}, "outlinewidth": 0},
     }  # fmt: skip
     axis = {"type": "category", "automargin": True, "tickfont": {"size": 10}, "showgrid": False, "zeroline": False}
     layout = {
@@ -69,7 +70,7 @@ def conflict_chart(matrix: np.ndarray, names: Sequence[str], groups: Sequence[in
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
     }
     return {
-        "id": "conflict", "data": [trace], "layout": layout, "square": True,
+        "id": "conflict", "data": [trace], "layout": layout,
         "matrix": base64.b64encode(hundredths.tobytes()).decode("ascii"),
         "labels": unique_labels(names, 28), "groups": [int(g) for g in groups],
         "orders": {
@@ -169,6 +170,7 @@ def sizes_chart(
             "categoryarray": [f"group {group}" for group in reversed(range(len(total)))],
         },
         "barmode": "overlay", "bargap": 0.25, "margin": {"l": 8, "r": 8, "t": 8, "b": 8}, "showlegend": False,
+        "uniformtext": {"mode": "hide", "minsize": 10},
     }  # fmt: skip
     return {"id": "sizes", "data": [trace], "layout": layout, "height": 110 + 34 * len(total)}
 
@@ -239,15 +241,55 @@ def comparison_chart(rows: Mapping[str, Mapping[str, float]], sort_by: tuple[str
                 "marker": {"color": colour, "symbol": symbol, "size": 11, "line": {"width": 1.5, "color": colour}},
             }
         )  # fmt: skip
-    layout = {
-        "xaxis": {"title": {"text": "held-out loss (nats a token); lower is better", "standoff": 8},
-                  "automargin": True, "zeroline": False},
-        "yaxis": {"type": "category", "categoryorder": "array", "categoryarray": ticks[::-1], "automargin": True,
-                  "tickfont": {"size": 11}, "range": [-0.6, len(ticks) - 0.4]},
+    layout = _row_layout(ticks, "held-out loss (nats a token)")
+    return {"id": "comparison", "data": data, "layout": layout, "height": 120 + 26 * len(ticks)}
+
+
+def gain_chart(gains: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]) -> Chart:
+    """What averaging gained on every dataset: measured with its interval, and predicted.
+
+    Args:
+        gains: {dataset: (measured, ladder)}, as in diagnosis.json.
+    """
+    names = sorted(gains, key=lambda name: gains[name][0]["value"], reverse=True)
+    if len(names) > MAX_ROWS:
+        names = names[: MAX_ROWS // 2] + names[-MAX_ROWS // 2 :]
+    labels = dict(zip(gains, unique_labels(list(gains), 28), strict=True))
+    ticks = [html.escape(labels[name]) for name in names]
+    measured = [gains[name][0] for name in names]
+    predicted = [gains[name][1][0].get("predicted") if gains[name][1] else None for name in names]
+    above = [round((m.get("high", m["value"]) or m["value"]) - m["value"], 4) for m in measured]
+    below = [round(m["value"] - (m.get("low", m["value"]) or m["value"]), 4) for m in measured]
+    data: list[dict[str, Any]] = [
+        {
+            "type": "scatter", "mode": "markers", "name": "measured", "y": ticks,
+            "x": [round(m["value"], 4) for m in measured],
+            "error_x": {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": "--g0",
+                        "thickness": 2, "width": 4},
+            "hovertemplate": "%{y}<br>measured: %{x:.3f}<extra></extra>",
+            "marker": {"color": "--g0", "symbol": "circle", "size": 10},
+        },
+        {
+            "type": "scatter", "mode": "markers", "name": "predicted", "y": ticks,
+            "x": [None if p is None or p["value"] is None else round(p["value"], 4) for p in predicted],
+            "hovertemplate": "%{y}<br>predicted: %{x:.3f}<extra></extra>",
+            "marker": {"color": "--g1", "symbol": "diamond-open", "size": 11, "line": {"width": 2, "color": "--g1"}},
+        },
+    ]  # fmt: skip
+    layout = _row_layout(ticks, "gain of averaging (nats a token)")
+    layout["xaxis"] = {**layout["xaxis"], "zeroline": True}
+    return {"id": "gain", "data": data, "layout": layout, "height": 120 + 26 * len(ticks)}
+
+
+def _row_layout(ticks: Sequence[str], title: str) -> dict[str, Any]:
+    """A row a dataset, the first on top."""
+    return {
+        "xaxis": {"title": {"text": title, "standoff": 8}, "automargin": True, "zeroline": False},
+        "yaxis": {"type": "category", "categoryorder": "array", "categoryarray": list(ticks)[::-1],
+                  "automargin": True, "tickfont": {"size": 11}, "range": [-0.6, len(ticks) - 0.4]},
         "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8}, "hovermode": "closest",
     }  # fmt: skip
-    return {"id": "comparison", "data": data, "layout": layout, "height": 120 + 26 * len(ticks)}
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""`merit run`: plan → train → merge → evaluate → cards, each stage skipped where it is done."""
+"""`merit run`: plan → train → merge → evaluate → cards → report, each stage skipped where it is done."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from merit_hf.merge import MERGEKIT_CONFIG_NAME
 from merit_hf.plan import LOCAL_NAME, PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
+from merit_hf.report import write_report
 from merit_hf.resolved import WEIGHTINGS
 
 
@@ -27,6 +28,7 @@ class RunResult:
 
     Attributes:
         evaluation: as [`evaluate_models`] returns it; None where no dataset has held-out rows.
+        report: the HTML page of it all.
         pushed: {folder: commit URL} of what went to the Hub.
     """
 
@@ -35,6 +37,7 @@ class RunResult:
     merged: Path
     joint: Path | None
     evaluation: dict[str, Any] | None
+    report: Path
     pushed: dict[str, str]
 
 
@@ -46,7 +49,8 @@ def run_all(
     accelerate_config: Path | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
-    """The whole road in `output`: plan/, groups/0 … K−1, merged/, evaluation.json; joint/ where it is asked for.
+    """The whole road in `output`: plan/, groups/0 … K−1, merged/, evaluation.json, report.html;
+    joint/ where it is asked for.
 
     Args:
         config ([`MeritConfig`]): the checked CONFIG.
@@ -89,8 +93,9 @@ def run_all(
             card = merged_model_card(plan, read_manifest(merged), recipe, evaluation)
             (merged / "README.md").write_text(card, encoding="utf-8")
             save_evaluation(evaluation, output)
+    report = write_report(output)
     pushed = _push(config, namespace, output, plan, groups, merged) if namespace else {}
-    return RunResult(plan, groups, merged, joint_model, evaluation, pushed)
+    return RunResult(plan, groups, merged, joint_model, evaluation, report, pushed)
 
 
 def _joint(config: MeritConfig) -> MeritConfig:

@@ -1,7 +1,7 @@
 """`merit report DIR`: one HTML page that says what was planned, trained and merged, and why it is as it is.
 
-The page is one file: figures, their library (Plotly, in full), style and script are in it, and its own policy forbids it
-to load anything. The same folder gives the same bytes.
+The page is one file: figures, their library (Plotly, in full), style and script are in it, and its own policy forbids
+it to load anything. The same folder gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from jinja2.utils import htmlsafe_json_dumps
 from plotly.offline import get_plotlyjs
 
 from merit_hf.config import MeritError
-from merit_hf.results import diagnosis_facts, evaluation_facts
+from merit_hf.diagnosed import diagnosis_facts
+from merit_hf.results import evaluation_facts
 from merit_hf.run_folder import RunFolder, read_run
 from merit_hf.sections import in_short, merge_facts, plan_facts, provenance_facts, training_facts
 from merit_hf.text import public_text
@@ -63,7 +64,7 @@ def render_report(run: RunFolder) -> str:
     evaluation = _facts("evaluation.json", evaluation_facts, run)
     diagnosis = _facts("diagnosis.json", diagnosis_facts, run)
     plan = plan_facts(run.plan)
-    sections = [plan, training, evaluation]
+    sections = [plan, training, evaluation, diagnosis]
     figures = {chart["id"]: chart for section in sections if section for chart in section["charts"]}
     scripts = {"plotly": get_plotlyjs(), "page": _template("report.js")}
     return _environment().from_string(_template("report.html")).render(

@@ -1,4 +1,4 @@
-"""What lies in the folder of a run: plan, groups, joint model, merged model, evaluation, diagnosis; each optional but the plan."""
+"""What lies in a run's folder: a plan, and what there is of groups, joint, merged model, evaluation, diagnosis."""
 
 from __future__ import annotations
 

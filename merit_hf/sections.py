@@ -16,7 +16,7 @@ from merit_hf.run_folder import RunFolder, TrainedModel
 from merit_hf.text import hide_local_paths, public_text
 from merit_hf.words import cosine_sentence, verdict_sentence
 
-_MAX_PAIRS = 8
+_MAX_PAIRS = 6
 
 
 def plan_facts(plan: PartitionPlan) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def plan_facts(plan: PartitionPlan) -> dict[str, Any]:
             charts.axes_chart(coordinates, plan.names, groups, plan.explained, tokens),
         ]
         facts["conflict"] = {
-            "cosines": cosine_sentence(plan),
+            "cosines": cosine_sentence(plan).replace(" -", " −"),
             "verdict": verdict_sentence(plan),
             "noise": plan.bounds.get("verdict") == "noise",
             "pairs": _pairs_table(plan),
@@ -164,9 +164,7 @@ def public_yaml(content: Mapping[str, Any]) -> str:
             return {key: pruned(entry) for key, entry in value.items() if entry not in (None, {}, [])}
         return value
 
-    return "\n".join(
-        hide_local_paths(line) for line in yaml.safe_dump(pruned(content), sort_keys=False).splitlines()
-    )
+    return "\n".join(hide_local_paths(line) for line in yaml.safe_dump(pruned(content), sort_keys=False).splitlines())
 
 
 def _groups_table(plan: PartitionPlan) -> Table:
@@ -287,8 +285,14 @@ def in_short(run: RunFolder, training: Mapping[str, Any], merge: Mapping[str, An
         f"{plural(len(plan.datasets), 'dataset')} ({summed_tokens(plan)} tokens a pass) were split into "
         f"{plural(plan.num_groups, 'group')}, {SPLITS[plan.config['plan']['split']]}."
     ]
-    if plan.conflict_matrix is not None and len(plan.datasets) > 1:
-        lines.append(verdict_sentence(plan))
+    p_value, verdict = plan.bounds.get("structure_p_value"), plan.bounds.get("verdict")
+    if verdict == "structure":
+        lines.append(f"The conflicts hold more structure than shuffles of themselves do (p = {p_value:.3f}).")
+    elif verdict == "noise":
+        lines.append(
+            f"The conflicts hold no more structure than shuffles of themselves do (p = {p_value:.2f}): this split may "
+            "be no better than a random one."
+        )
     done = sum(model.manifest["status"] == "complete" for model in run.groups.values())
     if run.groups:
         counted = (

@@ -80,6 +80,7 @@ def run_summary(result: RunResult, output: Path) -> list[Any]:
     if result.joint is not None:
         lines.append(f"Joint:      {result.joint}")
     lines.append(f"Merged:     {result.merged}  (card: {result.merged / 'README.md'})")
+    lines.append(f"Report:     {result.report}")
     lines += [f"Pushed:     {what} → {url}" for what, url in result.pushed.items()]
     names = " ".join(str(group) for group in result.groups)
     lines.append(f"Next: merit verify {output / 'plan'} {names}")

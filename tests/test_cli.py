@@ -267,7 +267,7 @@ def test_debug_shows_the_traceback(road: Path, tmp_path: Path) -> None:
         assert result.stderr.splitlines()[-1].startswith("merit: error: ")
 
 
-@pytest.mark.parametrize("command", ["plan", "train", "merge", "verify", "evaluate", "run"])
+@pytest.mark.parametrize("command", ["plan", "train", "merge", "verify", "evaluate", "report", "run"])
 def test_help(command: str) -> None:
     output = succeed(command, "--help")
     assert "--debug" in output

@@ -44,6 +44,14 @@ ROAD = [
     "cards",
     "figures",
     "manifest",
+    "words",
+    "charts",
+    "run_folder",
+    "blocks",
+    "sections",
+    "results",
+    "diagnosed",
+    "report",
     "mixture",
     "gradients",
     "measure",
@@ -80,6 +88,7 @@ WITHOUT_TORCH = [
     "plan",
     "cards",
     "manifest",
+    "report",
     "cli",
 ]
 HUB_NAMES = {
@@ -88,7 +97,7 @@ HUB_NAMES = {
     "checkpoint": {"split_state_dict_into_shards_factory"},
 }
 MAX_LINES = 400
-COMMANDS = ("plan", "train", "merge", "verify", "evaluate", "run")
+COMMANDS = ("plan", "train", "merge", "verify", "evaluate", "report", "run")
 
 
 class Import(NamedTuple):
