@@ -1,7 +1,9 @@
 # make demo      set up and run the quickstart: a real model, a real mixture, one merged model
 # make test      set up and run the tests (make test-all: the slow ones too)
+# make browser   install Chromium, which the tests of the report open, where there is none (Debian, Ubuntu)
 # make quality   lint, format, types, import directions
 # make bench     the benchmarks, into benchmarks/results
+# make screenshots  docs/tour.md and its pictures, from a finished quickstart
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/quickstart
 
-.PHONY: demo test test-slow test-all bench quality format clean
+.PHONY: demo test test-slow test-all browser bench screenshots quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt
@@ -38,8 +40,15 @@ test-slow: $(VENV)/dev.done $(VENV)/demo.done
 
 test-all: test test-slow
 
+browser:
+	@command -v chromium chromium-browser google-chrome || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+
 bench: $(VENV)/demo.done
 	$(BIN)/python benchmarks/quickstart_checks.py $(RUN) --output benchmarks/results/quickstart.md
+
+# The tour and the pictures of the report, from a finished quickstart.
+screenshots: $(VENV)/dev.done
+	$(BIN)/python docs/make_tour.py $(RUN)/run
 
 quality: $(VENV)/dev.done
 	$(BIN)/ruff check .

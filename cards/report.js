@@ -6,17 +6,18 @@
   const touch = matchMedia("(pointer: coarse)");
   root.classList.add("scripted");
 
-  // Plotly reads some HTML in its labels; a name is text.
-  const inert = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  // Plotly reads some HTML in its labels, and formulas between dollar signs; a name is text.
+  const inert = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\$/g, "&#36;");
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
-  function resolved(value) {
-    if (Array.isArray(value)) return value.map(resolved);
+  // Only what stands under a colour's key is one: a dataset may be called --ink.
+  function resolved(value, key) {
+    if (Array.isArray(value)) return value.map((entry) => resolved(entry, key));
     if (value && typeof value === "object") {
-      return Object.fromEntries(Object.entries(value).map(([key, entry]) => [key, resolved(entry)]));
+      return Object.fromEntries(Object.entries(value).map(([name, entry]) => [name, resolved(entry, name)]));
     }
-    if (value === "--diverging") return [0, 1, 2, 3, 4].map((step) => [step / 4, colour(`--d${step}`)]);
-    return typeof value === "string" && value.startsWith("--") ? colour(value) : value;
+    if (key === "colorscale") return [0, 1, 2, 3, 4].map((step) => [step / 4, colour(`--d${step}`)]);
+    return key === "color" ? colour(value) : value;
   }
 
   function themed(layout, element, height) {

@@ -1,6 +1,6 @@
 """The report's interactive figures, as Plotly specifications: plain data, drawn in the reader's browser.
 
-A colour is the name of a CSS variable (`--g0`), which the page resolves for a light or a dark screen. Text that came
+A `color` is the name of a CSS variable (`--g0`), which the page resolves for a light or a dark screen. Text that came
 from elsewhere is escaped, since Plotly reads some HTML in its labels.
 """
 
@@ -44,6 +44,11 @@ def unique_labels(names: Sequence[str], max_length: int = 40) -> list[str]:
         seen.add(label)
         labels.append(label)
     return labels
+
+
+def inert(label: str) -> str:
+    """`label` as text to Plotly, which reads some HTML, and formulas between dollar signs."""
+    return html.escape(label, quote=False).replace("$", "&#36;")
 
 
 def conflict_chart(matrix: np.ndarray, names: Sequence[str], groups: Sequence[int]) -> Chart:
@@ -93,7 +98,7 @@ def axes_chart(
     Args:
         coordinates: [T, r ≥ 1]. explained: share of the variance of each axis, [≥ r].
     """
-    labels = [html.escape(label) for label in unique_labels(names)]
+    labels = [inert(label) for label in unique_labels(names)]
     sizes = np.asarray(num_input_tokens, dtype=float)
     diameters = 9 + 17 * np.sqrt(sizes / max(sizes.max(), 1.0))
     shares = [f" ({explained[axis]:.0%} of the variance)" if axis < len(explained) else "" for axis in range(3)]
@@ -154,13 +159,14 @@ def sizes_chart(
         "type": "bar", "orientation": "h", "y": [f"group {groups[index]}" for index in order],
         "x": [num_input_tokens[index] for index in order], "base": bases,
         # A name is written only where its bar has room for it.
-        "text": [html.escape(labels[i]) if num_input_tokens[i] > 0.16 * widest else "" for i in order],
-        "hovertext": [html.escape(labels[index]) for index in order],
+        "text": [inert(labels[i]) if num_input_tokens[i] > 0.16 * widest else "" for i in order],
+        "hovertext": [inert(labels[index]) for index in order],
         "hovertemplate": "<b>%{hovertext}</b><br>%{x:,} tokens<extra></extra>",
         "textposition": "inside", "insidetextanchor": "middle", "textangle": 0, "constraintext": "inside",
         "textfont": {"size": 11, "color": [f"--on-g{groups[index] % 8}" for index in order]},
         "marker": {
-            "color": [f"--g{groups[index] % 8}" for index in order], "line": {"color": "--surface", "width": 1.5},
+            "color": [f"--g{groups[index] % 8}" for index in order],
+            "line": {"color": "--surface", "width": 1.5 if len(names) <= MAX_ROWS else 0.4},
         },
     }  # fmt: skip
     layout = {
@@ -217,7 +223,7 @@ def comparison_chart(rows: Mapping[str, Mapping[str, float]], sort_by: tuple[str
         names.sort(key=lambda name: rows[name][model] - rows[name][reference])
     if len(names) > MAX_ROWS:
         names = names[: MAX_ROWS // 2] + names[-MAX_ROWS // 2 :]
-    ticks = [html.escape(labels[name]) for name in names]
+    ticks = [inert(labels[name]) for name in names]
     data: list[dict[str, Any]] = []
     if sort_by is not None:
         ends: list[float | None] = []
@@ -255,7 +261,7 @@ def gain_chart(gains: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str
     if len(names) > MAX_ROWS:
         names = names[: MAX_ROWS // 2] + names[-MAX_ROWS // 2 :]
     labels = dict(zip(gains, unique_labels(list(gains), 28), strict=True))
-    ticks = [html.escape(labels[name]) for name in names]
+    ticks = [inert(labels[name]) for name in names]
     measured = [gains[name][0] for name in names]
     predicted = [gains[name][1][0].get("predicted") if gains[name][1] else None for name in names]
     above = [round((m.get("high", m["value"]) or m["value"]) - m["value"], 4) for m in measured]

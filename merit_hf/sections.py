@@ -171,7 +171,7 @@ def _groups_table(plan: PartitionPlan) -> Table:
     columns = [("group", "text"), ("datasets", "text"), ("examples", "number"), ("tokens in one pass", "number"),
                ("steps", "number"), ("tokens trained", "number"), ("weight", "number")]  # fmt: skip
     rows = [
-        [group_cell(group.group), text(listed([public_text(name, 60) for name in group.datasets], 12)),
+        [group_cell(group.group), text(listed([public_text(name, 40) for name in group.datasets], 4)),
          count(group.num_examples), count(group.num_input_tokens), count(group.num_steps),
          count(group.train_input_tokens), number(group.weight, 4)]
         for group in plan.groups
