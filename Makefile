@@ -41,7 +41,9 @@ test-slow: $(VENV)/dev.done $(VENV)/demo.done
 test-all: test test-slow
 
 browser:
-	@command -v chromium chromium-browser google-chrome || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name && exit; done; \
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	$$sudo apt-get update && $$sudo apt-get install --yes --no-install-recommends chromium
 
 bench: $(VENV)/demo.done
 	$(BIN)/python benchmarks/quickstart_checks.py $(RUN) --output benchmarks/results/quickstart.md
