@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from merit_hf.plan import PartitionPlan
 
 # What each `plan.split` does with the datasets.
-SPLITS = {
+_SPLITS = {
     "merit": "so that those whose gradients conflict are kept apart",
     "kmeans": "by k-means on their gradients, as a baseline",
     "random": "at random, as a baseline",
@@ -52,7 +52,7 @@ def plan_dataset_card(plan: PartitionPlan) -> str:
         plan=plan,
         base=_base(plan.base),
         sections=plan.config["plan"],
-        how=SPLITS[plan.config["plan"]["split"]],
+        how=_SPLITS[plan.config["plan"]["split"]],
         groups=plan.groups,
         members={group.group: _names(group.datasets) for group in plan.groups},
         pairs=_extreme_pairs(plan),
@@ -90,9 +90,13 @@ def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
 
 
 def merged_model_card(
-    plan: PartitionPlan, manifest: Mapping[str, Any], mergekit_config: str, evaluation: Mapping[str, Any] | None = None
+    plan: PartitionPlan,
+    manifest: Mapping[str, Any],
+    mergekit_config: str,
+    evaluation: Mapping[str, Any] | None = None,
+    picture: str | None = None,
 ) -> str:
-    """README.md of a merged model, with the evaluation table where there is one."""
+    """README.md of a merged model, with the evaluation table and its picture (a path in the repo), where there are."""
     parents = [group["repo_id"] for group in manifest["groups"] if group.get("repo_id")]
     if len(parents) < len(manifest["groups"]):
         # Some groups are local: the base is the parent that all have in common, where it is on the Hub.
@@ -119,10 +123,11 @@ def merged_model_card(
             [str(g["group"]), members.get(g["group"], ""), f"{g['num_input_tokens']:,}", f"{g['weight']:.6f}"]
             for g in manifest["groups"]
         ],
-        how=SPLITS[plan.config["plan"]["split"]],
+        how=_SPLITS[plan.config["plan"]["split"]],
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
         command=Markdown(merge_command(plan, manifest)),
         evaluation=_evaluation_table(evaluation) if evaluation else None,
+        picture=Markdown(f"![held-out loss of every dataset]({picture})") if picture else None,
         mergekit_config=fenced(_public_recipe(mergekit_config, manifest), "yaml"),
         versions=_settings(manifest["versions"]),
         plan_id=Markdown(plan.repo_id or "PLAN"),
@@ -141,6 +146,11 @@ def validate_card(text: str) -> None:
     paths = find_local_paths(html.unescape(text))
     if paths:
         raise MeritError(f"the card would show a path of this machine: {paths[0]}")
+
+
+def how_split(plan: PartitionPlan) -> str:
+    """What `plan.split` did with the datasets, as the end of a sentence."""
+    return _SPLITS[plan.config["plan"]["split"]]
 
 
 def merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:

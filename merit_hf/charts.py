@@ -209,26 +209,22 @@ def losses_chart(logs: Mapping[str, Sequence[tuple[float, float]]]) -> Chart:
     return {"id": "losses", "data": data, "layout": layout, "height": 400}
 
 
-def comparison_chart(rows: Mapping[str, Mapping[str, float]], sort_by: tuple[str, str] | None) -> Chart:
-    """Held-out loss of several models, a row a dataset, the best change on top.
+def comparison_chart(rows: Mapping[str, Mapping[str, float]], pair: tuple[str, str] | None) -> Chart:
+    """Held-out loss of several models, a row a dataset, in the order of `rows`.
 
     Args:
         rows: {dataset: {model: loss}}; models as in `_MODELS`.
-        sort_by: (model, reference): rows are sorted by model − reference.
+        pair: (model, reference): a line joins the two.
     """
     names = list(rows)
     labels = dict(zip(names, unique_labels(names, 28), strict=True))
-    if sort_by is not None:
-        model, reference = sort_by
-        names.sort(key=lambda name: rows[name][model] - rows[name][reference])
-    if len(names) > MAX_ROWS:
-        names = names[: MAX_ROWS // 2] + names[-MAX_ROWS // 2 :]
+    names = extremes(names)
     ticks = [inert(labels[name]) for name in names]
     data: list[dict[str, Any]] = []
-    if sort_by is not None:
+    if pair is not None:
         ends: list[float | None] = []
         for name in names:
-            ends += [rows[name][sort_by[1]], rows[name][sort_by[0]], None]
+            ends += [rows[name][pair[1]], rows[name][pair[0]], None]
         data.append(
             {
                 "type": "scatter", "mode": "lines", "x": [None if v is None else round(v, 4) for v in ends],
@@ -258,8 +254,7 @@ def gain_chart(gains: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str
         gains: {dataset: (measured, ladder)}, as in diagnosis.json.
     """
     names = sorted(gains, key=lambda name: gains[name][0]["value"], reverse=True)
-    if len(names) > MAX_ROWS:
-        names = names[: MAX_ROWS // 2] + names[-MAX_ROWS // 2 :]
+    names = extremes(names)
     labels = dict(zip(gains, unique_labels(list(gains), 28), strict=True))
     ticks = [inert(labels[name]) for name in names]
     measured = [gains[name][0] for name in names]
@@ -296,6 +291,11 @@ def _row_layout(ticks: Sequence[str], title: str) -> dict[str, Any]:
         "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8}, "hovermode": "closest",
     }  # fmt: skip
+
+
+def extremes(rows: Sequence[str]) -> list[str]:
+    """The first and the last of many rows: what a figure has room for."""
+    return [*rows] if len(rows) <= MAX_ROWS else [*rows[: MAX_ROWS // 2], *rows[-MAX_ROWS // 2 :]]
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

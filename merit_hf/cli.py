@@ -190,6 +190,9 @@ def report(
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="The page to write. Default: DIR/report.html.")
     ] = None,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="Also write its figures as PNG, into DIR/figures.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """One HTML page of a run: what was planned, trained and merged, and how it went.
@@ -197,9 +200,11 @@ def report(
     It needs no network, and shows whatever is there: a plan alone, or all of a run.
     """
     with exit_on_error(debug):
-        from merit_hf.report import write_report
+        from merit_hf.report import save_run_figures, write_report
 
         page = write_report(folder, output)
+        if figures:
+            _print(*(f"Figure: {path}" for path in save_run_figures(folder)))
         _print(f"The report is in {page}. Open it in a browser; it is one file and loads nothing.")
 
 

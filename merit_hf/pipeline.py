@@ -18,7 +18,7 @@ from merit_hf.merge import MERGEKIT_CONFIG_NAME
 from merit_hf.plan import LOCAL_NAME, PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
-from merit_hf.report import write_report
+from merit_hf.report import save_evaluation_figure, write_report
 from merit_hf.resolved import WEIGHTINGS
 
 
@@ -90,7 +90,9 @@ def run_all(
         if evaluation is None:
             evaluation = evaluate_models(plan, models, progress=progress)
             recipe = (merged / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
-            card = merged_model_card(plan, read_manifest(merged), recipe, evaluation)
+            manifest = read_manifest(merged)
+            picture = save_evaluation_figure(evaluation, manifest, merged).relative_to(merged).as_posix()
+            card = merged_model_card(plan, manifest, recipe, evaluation, picture)
             (merged / "README.md").write_text(card, encoding="utf-8")
             save_evaluation(evaluation, output)
     report = write_report(output)

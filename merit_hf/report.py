@@ -10,7 +10,7 @@ import base64
 import hashlib
 import importlib.resources
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from plotly.offline import get_plotlyjs
 
+from merit_hf.charts import extremes
 from merit_hf.config import MeritError
 from merit_hf.diagnosed import diagnosis_facts
-from merit_hf.results import evaluation_facts
+from merit_hf.figures import save_comparison, save_losses
+from merit_hf.results import compared_losses, evaluation_facts
 from merit_hf.run_folder import RunFolder, read_run
-from merit_hf.sections import in_short, merge_facts, plan_facts, provenance_facts, training_facts
+from merit_hf.sections import in_short, merge_facts, plan_facts, provenance_facts, training_facts, training_logs
 from merit_hf.text import public_text
 
 REPORT_NAME = "report.html"
@@ -50,6 +52,36 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     part = path.with_name(path.name + ".part")
     part.write_bytes(page)
     os.replace(part, path)
+    return path
+
+
+def save_run_figures(folder: str | Path) -> list[Path]:
+    """The page's figures of training and results as PNG, in `folder`/figures; those of the plan lie in the plan.
+
+    Raises:
+        ConfigError, MeritError: as [`write_report`].
+    """
+    run, target = read_run(Path(folder)), Path(folder) / "figures"
+    written = []
+    target.mkdir(exist_ok=True)
+    if logs := training_logs(run):
+        written.append(target / "training_loss.png")
+        save_losses(logs, written[-1])
+    if run.evaluation is not None:
+        written.append(save_evaluation_figure(run.evaluation, run.merged, Path(folder)))
+    return written
+
+
+def save_evaluation_figure(evaluation: Mapping[str, Any], merged: Mapping[str, Any] | None, folder: Path) -> Path:
+    """Write `folder`/figures/held_out_loss.png: what the card of a merged model shows of its evaluation.
+
+    Args:
+        merged: merit.json of the merged model.
+    """
+    path = folder / "figures" / "held_out_loss.png"
+    path.parent.mkdir(exist_ok=True)
+    rows = compared_losses(evaluation, merged)
+    save_comparison({name: rows[name] for name in extremes(list(rows))}, path)
     return path
 
 

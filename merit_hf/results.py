@@ -31,12 +31,9 @@ def evaluation_facts(run: RunFolder) -> dict[str, Any] | None:
     evaluation = run.evaluation
     if evaluation is None:
         return None
-    weights = {entry["group"]: entry["weight"] for entry in run.merged["groups"]} if run.merged else {}
-    rows = {name: _losses(row, weights) for name, row in evaluation["datasets"].items()}
+    rows = compared_losses(evaluation, run.merged)
     models = list(evaluation["models"])
-    reference = "base" if "base" in models else None
-    best = "merged" if "merged" in models else None
-    pair = (best, reference) if best and reference else None
+    pair = ("merged", "base") if {"merged", "base"} <= set(models) else None
     facts: dict[str, Any] = {
         "metric": evaluation["metric"],
         "table": _loss_table(evaluation, rows),
@@ -51,6 +48,22 @@ def evaluation_facts(run: RunFolder) -> dict[str, Any] | None:
         "shown_rows": charts.MAX_ROWS if len(rows) > charts.MAX_ROWS else None,
     }
     return facts
+
+
+def compared_losses(evaluation: Mapping[str, Any], merged: Mapping[str, Any] | None) -> dict[str, dict[str, float]]:
+    """{dataset: {"base", "joint", "merged", "own group", "groups' mean": loss}}, those that are there.
+
+    The dataset that gained most against the base comes first.
+
+    Args:
+        merged: merit.json of the merged model, whose weights make the groups' mean.
+    """
+    entries = merged["groups"] if merged else []
+    weights = {entry["group"]: entry["weight"] for entry in entries if entry["weight"] is not None}
+    rows = {name: _losses(row, weights) for name, row in evaluation["datasets"].items()}
+    if _all_have(rows, "merged") and _all_have(rows, "base"):
+        rows = dict(sorted(rows.items(), key=lambda item: item[1]["merged"] - item[1]["base"]))
+    return rows
 
 
 def _losses(row: Mapping[str, Any], weights: Mapping[int, float]) -> dict[str, float]:
@@ -73,14 +86,13 @@ def _loss_table(evaluation: Mapping[str, Any], rows: Mapping[str, Mapping[str, f
     columns = [("dataset", "text"), ("group", "number")]
     columns += [(f"merged − {model}", "number") for model in against] + [(model, "number") for model in shown]
     columns.append(("held-out examples", "number"))
-    names = sorted(rows, key=lambda name: rows[name]["merged"] - rows[name][against[0]]) if against else list(rows)
 
     def losses(values: Mapping[str, float]) -> list[Cell]:
         changes = [change(values["merged"] - values[model]) for model in against]
         return [*changes, *(number(values[model]) for model in shown)]
 
     body = []
-    for name in names:
+    for name in rows:
         row = evaluation["datasets"][name]
         body.append([Cell(name), group_cell(row["group"]), *losses(rows[name]), count(row["num_examples"])])
     means = {model: sum(row[model] for row in rows.values()) / len(rows) for model in shown}

@@ -10,7 +10,7 @@ import yaml
 
 from merit_hf import charts
 from merit_hf.blocks import Cell, Table, count, decimals, group_cell, listed, number, plural, text
-from merit_hf.cards import SPLITS, merge_command
+from merit_hf.cards import how_split, merge_command
 from merit_hf.plan import PartitionPlan
 from merit_hf.run_folder import RunFolder, TrainedModel
 from merit_hf.text import hide_local_paths, public_text
@@ -25,7 +25,7 @@ def plan_facts(plan: PartitionPlan) -> dict[str, Any]:
     tokens = [dataset.num_input_tokens for dataset in plan.datasets]
     totals = [group.num_input_tokens for group in plan.groups]
     facts: dict[str, Any] = {
-        "how": SPLITS[plan.config["plan"]["split"]],
+        "how": how_split(plan),
         "groups": _groups_table(plan),
         "datasets": _datasets_table(plan),
         "balance": max(totals) / (sum(totals) / len(totals)) - 1,
@@ -82,9 +82,7 @@ def training_facts(run: RunFolder) -> dict[str, Any]:
     columns = [("group", "text"), ("status", "text"), ("steps", "number"), ("tokens planned", "number"),
                ("tokens counted", "number"), ("of these with loss", "number"), ("padding", "number"),
                ("first logged loss", "number"), ("last logged loss", "number")]  # fmt: skip
-    logs = {f"group {number}": model.log for number, model in sorted(run.groups.items()) if model.log}
-    if run.joint is not None and run.joint.log:
-        logs["joint"] = run.joint.log
+    logs = training_logs(run)
     return {
         "table": Table("training", "What every group was trained on", columns, rows),
         "mismatched": mismatched,
@@ -92,6 +90,12 @@ def training_facts(run: RunFolder) -> dict[str, Any]:
         "thinned": any(len(log) > charts.MAX_POINTS for log in logs.values()),
         "charts": [charts.losses_chart(logs)] if logs else [],
     }
+
+
+def training_logs(run: RunFolder) -> dict[str, list[tuple[float, float]]]:
+    """{"group 0" …, "joint": (step, loss) of what was logged}."""
+    logs = {f"group {number}": model.log for number, model in sorted(run.groups.items()) if model.log}
+    return logs | ({"joint": run.joint.log} if run.joint is not None and run.joint.log else {})
 
 
 def merge_facts(run: RunFolder) -> dict[str, Any] | None:
@@ -106,18 +110,20 @@ def merge_facts(run: RunFolder) -> dict[str, Any] | None:
         [group_cell(entry["group"]), count(entry["num_input_tokens"]), number(entry["weight"], 4), number(distance, 3)]
         for entry, distance in zip(manifest["groups"], moved, strict=True)
     ]
-    mean = float(np.dot(weights, moved))
+    # Methods of mergekit other than the mean may take no weights.
+    weighted = manifest.get("method", "linear") == "linear" and None not in weights
     columns = [("group", "text"), ("tokens trained", "number"), ("weight", "number"), ("distance from base", "number")]
     merged = {entry["group"] for entry in manifest["groups"]}
     return {
         "table": Table("weights", "What went into the merged model", columns, rows,
                        [Cell("merged"), count(sum(entry["num_input_tokens"] for entry in manifest["groups"])),
-                        number(sum(weights), 4), number(stats["displacement"], 3)]),
+                        number(sum(weights) if weighted else None, 4), number(stats["displacement"], 3)]),
         "manifest": manifest,
         "stats": stats,
         "cast_share": stats["cast_loss"] / stats["displacement"] if stats["displacement"] else 0.0,
-        "mean_distance": mean,
-        "agreement": step_agreement(weights, moved, stats["displacement"]),
+        "mean_distance": float(np.dot(weights, moved)) if weighted else float(np.mean(moved)),
+        "method": manifest.get("method", "linear"),
+        "agreement": step_agreement(weights, moved, stats["displacement"]) if weighted else None,
         "missing": [group.group for group in run.plan.groups if group.group not in merged],
     }  # fmt: skip
 
@@ -283,7 +289,7 @@ def in_short(run: RunFolder, training: Mapping[str, Any], merge: Mapping[str, An
     plan = run.plan
     lines = [
         f"{plural(len(plan.datasets), 'dataset')} ({summed_tokens(plan)} tokens a pass) were split into "
-        f"{plural(plan.num_groups, 'group')}, {SPLITS[plan.config['plan']['split']]}."
+        f"{plural(plan.num_groups, 'group')}, {how_split(plan)}."
     ]
     p_value, verdict = plan.bounds.get("structure_p_value"), plan.bounds.get("verdict")
     if verdict == "structure":

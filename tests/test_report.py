@@ -285,7 +285,12 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert str(tmp_path / "page.html") in done.output
     assert (tmp_path / "page.html").read_bytes() == write_report(run).read_bytes()
-    refused = CliRunner().invoke(app, ["report", str(tmp_path)])
+    shutil.copytree(run, tmp_path / "run")
+    drawn = CliRunner().invoke(app, ["report", str(tmp_path / "run"), "--figures"])
+    assert drawn.output.count("Figure: ") == 2
+    for name in ("training_loss.png", "held_out_loss.png"):
+        assert (tmp_path / "run/figures" / name).read_bytes().startswith(b"\x89PNG")
+    refused = CliRunner().invoke(app, ["report", str(tmp_path / "run/groups")])
     assert refused.exit_code == 2
     assert "neither plan/plan.json nor plan.json" in refused.stderr
     with pytest.raises(ConfigError):
