@@ -98,11 +98,12 @@ def _rho_sentence(diagnosis: Mapping[str, Any]) -> str | None:
     rhos = [(step["epsilon"], (step.get("rho") or {}).get("value")) for step in gain["ladder"]]
     told = ", ".join(f"{decimals(rho, 2)} at ε = {epsilon:g}" for epsilon, rho in rhos if rho is not None)
     measured = gain["measured"]
+    done = "lowered" if measured["value"] >= 0 else "raised"
+    interval = ""
+    if measured.get("low") is not None:
+        interval = f" (95 % interval of the gain: {decimals(measured['low'])} to {decimals(measured['high'])})"
     first = (
-        f"Averaging lowered the loss by {decimals(measured['value'])} against the groups' own losses "
-        f"(95 % interval {decimals(measured['low'])} to {decimals(measured['high'])})."
-        if measured.get("low") is not None
-        else f"Averaging lowered the loss by {decimals(measured['value'])} against the groups' own losses."
+        f"Averaging {done} the loss by {decimals(abs(measured['value']))} against the groups' own losses{interval}."
     )
     return f"{first} Measured ÷ predicted, ρ: {told}." if told else first
 

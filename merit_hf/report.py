@@ -18,6 +18,7 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from plotly.offline import get_plotlyjs
 
+from merit_hf.blocks import decimals
 from merit_hf.charts import extremes
 from merit_hf.config import MeritError
 from merit_hf.diagnosed import diagnosis_facts
@@ -28,6 +29,8 @@ from merit_hf.sections import in_short, merge_facts, plan_facts, provenance_fact
 from merit_hf.text import public_text
 
 REPORT_NAME = "report.html"
+# Names are cut early; a sentence has room.
+_MAX_PROSE = 2000
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -126,7 +129,11 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True, finalize=finalize, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["block"] = lambda text: jinja2.filters.do_mark_safe(jinja2.filters.escape(text))
+    environment.filters |= {
+        "block": lambda text: jinja2.filters.escape(text),
+        "prose": lambda text: jinja2.filters.escape(public_text(text, _MAX_PROSE)),
+        "decimals": decimals,
+    }
     return environment
 
 

@@ -12,6 +12,7 @@ from merit_hf.blocks import (
     change,
     count,
     decimals,
+    estimate,
     group_cell,
     listed,
     number,
@@ -87,17 +88,25 @@ def _loss_table(evaluation: Mapping[str, Any], rows: Mapping[str, Mapping[str, f
     columns += [(f"merged − {model}", "number") for model in against] + [(model, "number") for model in shown]
     columns.append(("held-out examples", "number"))
 
-    def losses(values: Mapping[str, float]) -> list[Cell]:
-        changes = [change(values["merged"] - values[model]) for model in against]
+    def losses(values: Mapping[str, float], of: Mapping[str, Any]) -> list[Cell]:
+        found = ((of.get("differences") or {}).get("merged") or {}).get
+        changes = [_change(values["merged"] - values[model], (found(model) or {}).get("loss")) for model in against]
         return [*changes, *(number(values[model]) for model in shown)]
 
     body = []
     for name in rows:
         row = evaluation["datasets"][name]
-        body.append([Cell(name), group_cell(row["group"]), *losses(rows[name]), count(row["num_examples"])])
+        body.append([Cell(name), group_cell(row["group"]), *losses(rows[name], row), count(row["num_examples"])])
     means = {model: sum(row[model] for row in rows.values()) / len(rows) for model in shown}
-    last = [Cell("mean"), text(None), *losses(means), text(None)]
+    last = [Cell("mean"), text(None), *losses(means, evaluation), text(None)]
     return Table("losses-table", "Held-out loss of every dataset", columns, body, last)
+
+
+def _change(value: float, interval: Mapping[str, Any] | None) -> Cell:
+    """With its interval where there is one; then it is good or bad only where the interval leaves zero out."""
+    if not interval or interval.get("low") is None:
+        return change(value)
+    return estimate({"value": value, "low": interval["low"], "high": interval["high"]}, lower_is_better=True)
 
 
 def _all_have(rows: Mapping[str, Mapping[str, float]], model: str) -> bool:
