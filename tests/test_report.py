@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html.parser
+import importlib.util
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from merit_hf.cli import app
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.plan import PartitionPlan
 from merit_hf.report import write_report
+from merit_hf.run_folder import read_run
 from merit_hf.sections import step_agreement
 
 NAMES = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
@@ -348,3 +350,23 @@ def test_numbers_as_people_read_them() -> None:
     assert [estimate(value, 1, True).tone for value in (clear, unclear)] == ["good", ""]
     assert estimate(clear, 1, False).text == "−1.0 [−2.0, −0.5]"
     assert [listed(names, 2) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and 1 more"]
+
+
+def test_the_tour_renders_from_a_run_and_has_its_templates_headings(run: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    spec = importlib.util.spec_from_file_location("make_tour", root / "docs" / "make_tour.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_tour = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_tour)
+    tour = make_tour.render_tour(read_run(run))
+    assert "lower on 4 of 6 datasets" in tour
+    assert "Merge with --exclude 1." in tour.replace("&#45;", "-")
+    committed = (root / "docs" / "tour.md").read_text(encoding="utf-8")
+
+    def headings(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.startswith("#")]
+
+    assert headings(tour) == headings(committed)
+    for picture in re.findall(r"images/[a-z_]+\.png", committed):
+        assert 0 < (root / "docs" / picture).stat().st_size < 300_000, picture
