@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+
 from merit_hf.figures import (
     MODELS,
     display_order,

@@ -101,8 +101,10 @@ def test_the_page_draws_fits_and_is_accessible(context: dict[str, Any], browser:
         assert box["width"] > 250, name
         assert box["height"] > 100, name
     assert page.locator("#chart-conflict .hm image").count() == 1
-    results = Axe().run(page)
-    assert results.violations_count == 0, results.generate_report()
+    if ("viewport" in context) == ("color_scheme" in context):
+        # Between them the large light page and the small dark one hold every layout and every colour.
+        results = Axe().run(page)
+        assert results.violations_count == 0, results.generate_report()
     assert wrong == []
     page.context.close()
 
