@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 import yaml
-from huggingface_hub import DatasetCardData, ModelCardData
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from merit_hf.config import MeritError
-from merit_hf.text import Markdown, code, escape_markdown, fenced, find_local_paths, hide_local_paths
+from merit_hf.text import (
+    Markdown,
+    code,
+    escape_markdown,
+    fenced,
+    find_local_paths,
+    hide_local_paths,
+    public_text,
+)
 
 if TYPE_CHECKING:
     from merit_hf.plan import PartitionPlan
@@ -30,6 +38,8 @@ _SPLITS = {
     "joint": "all in one group, as a baseline",
 }
 _TABLES = ("datasets", "conflict", "groups")
+# The picture of an evaluation, in the folder of the merged model.
+EVALUATION_FIGURE = "figures/held_out_loss.png"
 _MAX_PAIRS = 5
 _MAX_ROWS = 60
 
@@ -94,9 +104,15 @@ def merged_model_card(
     manifest: Mapping[str, Any],
     mergekit_config: str,
     evaluation: Mapping[str, Any] | None = None,
+    licence: str | None = None,
+    model_name: str | None = None,
     picture: str | None = None,
 ) -> str:
-    """README.md of a merged model, with the evaluation table and its picture (a path in the repo), where there are."""
+    """README.md of a merged model, with the evaluation table where there is one.
+
+    `model_name` is the name under which it is published: with it, metadata holds the evaluation as a `model-index`.
+    `picture` is the evaluation's figure, as a path in the model's folder.
+    """
     parents = [group["repo_id"] for group in manifest["groups"] if group.get("repo_id")]
     if len(parents) < len(manifest["groups"]):
         # Some groups are local: the base is the parent that all have in common, where it is on the Hub.
@@ -108,7 +124,10 @@ def merged_model_card(
         base_model=parents or None,
         base_model_relation="merge" if parents else None,
         datasets=_hub_datasets([{"repo_id": d.repo_id} for d in plan.datasets if d.group in merged]) or None,
+        license=licence,
         tags=["merge", "mergekit", "merit"],
+        model_name=model_name,
+        eval_results=_eval_results(plan, evaluation) if evaluation and model_name else None,
     )
     stats = manifest.get("stats", {})
     return _render(
@@ -124,14 +143,44 @@ def merged_model_card(
             for g in manifest["groups"]
         ],
         how=_SPLITS[plan.config["plan"]["split"]],
+        verified=_verified(manifest["groups"]),
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
         command=Markdown(merge_command(plan, manifest)),
+        in_repos=all(group.get("repo_id") for group in manifest["groups"]),
         evaluation=_evaluation_table(evaluation) if evaluation else None,
         picture=Markdown(f"![held-out loss of every dataset]({picture})") if picture else None,
         mergekit_config=fenced(_public_recipe(mergekit_config, manifest), "yaml"),
         versions=_settings(manifest["versions"]),
         plan_id=Markdown(plan.repo_id or "PLAN"),
     )
+
+
+def keep_metadata(card: str, existing: str) -> str:
+    """`card` with what an existing card's metadata holds besides: a licence, languages, further `configs:` and tags.
+
+    Values of `card` win; `configs:` are joined by name and `tags:` united. An existing card without readable metadata
+    keeps nothing.
+    """
+    try:
+        before = yaml.safe_load(existing.split("---\n", 2)[1]) if existing.startswith("---\n") else None
+    except (yaml.YAMLError, IndexError):
+        before = None
+    _, ours, body = card.split("---\n", 2)
+    now = yaml.safe_load(ours)
+    if not isinstance(before, dict):
+        return card
+    merged = {**before, **now}
+    for key, name in (("configs", lambda item: item["config_name"]), ("tags", str)):
+        old, new = before.get(key), now.get(key) or []
+        if isinstance(old, list):
+            taken = {name(item) for item in new}
+            merged[key] = new + [
+                item
+                for item in old
+                if (isinstance(item, dict) and "config_name" in item) == (key == "configs") and name(item) not in taken
+            ]
+    text = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---\n{body}"
 
 
 def validate_card(text: str) -> None:
@@ -155,7 +204,9 @@ def how_split(plan: PartitionPlan) -> str:
 
 def merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
     """The `merit merge` call that makes this model again."""
-    folders = " ".join(f"groups/{group['group']}" for group in manifest["groups"])
+    groups = manifest["groups"]
+    in_repos = all(group.get("repo_id") for group in groups)
+    folders = " ".join(f"{g['repo_id']}@{g['revision'][:12]}" if in_repos else f"groups/{g['group']}" for g in groups)
     command = f"merit merge {plan.repo_id or 'PLAN'} {folders} --output merged"
     weights = manifest.get("weights", "tokens")
     if weights != "tokens":
@@ -255,6 +306,37 @@ def _evaluation_table(evaluation: Mapping[str, Any]) -> Markdown:
     ]
     rows.append(["mean", "", *(f"{evaluation['mean'][label]:.3f}" for label in labels)])
     return _table(("dataset", "group", *labels), rows)
+
+
+def _verified(groups: Sequence[Mapping[str, Any]]) -> Markdown | None:
+    """`weights` for all groups alike, or group by group; None where a manifest does not say."""
+    levels = {str(group["group"]): str(group["verified"]) for group in groups if group.get("verified")}
+    if len(levels) < len(groups):
+        return None
+    if len(set(levels.values())) == 1:
+        return Markdown(f"every group at level {code(next(iter(levels.values())))}")
+    return Markdown(", ".join(f"group {number} at level {code(level)}" for number, level in levels.items()))
+
+
+def _eval_results(plan: PartitionPlan, evaluation: Mapping[str, Any]) -> list[EvalResult]:
+    """The merged model's held-out loss on every dataset, as a model card's `model-index` wants it."""
+    if "merged" not in evaluation["models"]:
+        return []
+    repos = {dataset.name: dataset for dataset in plan.datasets}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=repos[name].repo_id or "local",
+            dataset_name=public_text(name),
+            dataset_config=repos[name].config,
+            dataset_revision=repos[name].revision,
+            metric_type="loss",
+            metric_name="held-out SFT loss (nats a token)",
+            metric_value=round(float(row["loss"]["merged"]), 6),
+        )
+        for name, row in evaluation["datasets"].items()
+        if name in repos
+    ]
 
 
 def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:

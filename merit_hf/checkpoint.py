@@ -42,7 +42,7 @@ _NOT_SIDE_NAMES = {
     "trainer_config.json", "all_results.json", "train_results.json", "eval_results.json", "adapter_config.json",
 }  # fmt: skip
 # transformers keeps a tokenizer's further chat templates in this folder.
-_SIDE_FOLDERS = ("additional_chat_templates",)
+SIDE_FOLDERS = ("additional_chat_templates",)
 _READ_BYTES = 1 << 22
 
 
@@ -72,23 +72,26 @@ class TensorInfo:
         return self.num_elements * ITEM_SIZES[self.dtype]
 
 
-def read_tensor_index(folder: Path) -> dict[str, TensorInfo]:
+def read_tensor_index(folder: Path, file: str | None = None) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint, sorted by name; reads headers only, of one file or of all shards.
+
+    Args:
+        file: read just this file, such as an adapter's.
 
     Raises:
         MeritError: no safetensors weights (pickles or an adapter only), a shard is missing or truncated, a tensor is
             in two shards, or shards and index disagree.
     """
     folder = Path(folder)
-    mapped = _index_of_shards(folder)
-    files = sorted(set(mapped.values())) if mapped is not None else [SINGLE_NAME]
+    mapped = _index_of_shards(folder) if file is None else None
+    files = sorted(set(mapped.values())) if mapped is not None else [file or SINGLE_NAME]
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        for name, info in _read_header(folder / file).items():
+    for shard in files:
+        for name, info in _read_header(folder / shard).items():
             if name in tensors:
                 raise MeritError(
-                    f"{folder}: tensor `{name}` is in both {tensors[name].file} and {file}, and must be in one shard. "
-                    "Save the model again."
+                    f"{folder}: tensor `{name}` is in both {tensors[name].file} and {shard}, and must be in one "
+                    "shard. Save the model again."
                 )
             tensors[name] = info
     found = {name: info.file for name, info in tensors.items()}
@@ -135,7 +138,7 @@ def side_files(folder: Path) -> list[Path]:
         and path.suffix not in _NOT_SIDE_SUFFIXES
         and not path.name.endswith(".index.json")
     ]
-    for name in _SIDE_FOLDERS:
+    for name in SIDE_FOLDERS:
         found += [path for path in (folder / name).rglob("*") if path.is_file()]
     return sorted(found)
 

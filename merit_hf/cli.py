@@ -7,6 +7,21 @@ from typing import Annotated, Optional
 
 import typer
 
+from merit_hf import cli_hub
+from merit_hf.cli_options import (
+    AccelerateConfig,
+    ConfigArgument,
+    Data,
+    Debug,
+    NumProcesses,
+    Output,
+    Overrides,
+    PlanArgument,
+    checkpoint_folder,
+    named_values,
+    quiet,
+    say,
+)
 from merit_hf.config import ConfigError
 from merit_hf.entry import exit_on_error
 
@@ -19,32 +34,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="The YAML that names base, datasets and settings.")
-]
-Overrides = Annotated[
-    Optional[list[str]],
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as plan.num_groups=2 or datasets.NAME.path=FILE."),
-]
-Output = Annotated[
-    Path, typer.Option("--output", "-o", help="The folder to make. Running again goes on where it stopped.")
-]
-PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="Folder of a plan, or Hub id org/name[@revision].")]
-Checkpoints = Annotated[
-    list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders of group checkpoints, or Hub ids.")
-]
-NumProcesses = Annotated[Optional[int], typer.Option(help="Train with this many processes through accelerate launch.")]
-AccelerateConfig = Annotated[
-    Optional[Path], typer.Option(help="Config file for accelerate launch (FSDP, ZeRO, CPU, …).")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 
 @app.command()
 def plan(config: ConfigArgument, output: Output, overrides: Overrides = None, debug: Debug = False) -> None:
     """Gradients → conflict matrix → groups. Writes a plan that can be trained here or anywhere."""
     with exit_on_error(debug):
-        _quiet()
+        quiet()
         from merit_hf.config import MeritConfig
 
         # Before the libraries load: a mistake is told at once.
@@ -53,8 +48,8 @@ def plan(config: ConfigArgument, output: Output, overrides: Overrides = None, de
         from merit_hf.summary import plan_summary
 
         made = MeritPlanner(checked).plan(output)
-        _print(*plan_summary(made))
-        _print(
+        say(*plan_summary(made))
+        say(
             f"Plan {made.sha256[:12]} is in {output}. Next: merit train {output} --group all --output "
             f"{output.parent}/groups"
         )
@@ -71,6 +66,7 @@ def train(
     ] = None,
     num_processes: NumProcesses = None,
     accelerate_config: AccelerateConfig = None,
+    data: Data = None,
     debug: Debug = False,
 ) -> None:
     """Fine-tune one group, or all of them, from the base.
@@ -78,11 +74,12 @@ def train(
     TRL's SFTTrainer, one group after another; through accelerate launch where several processes are asked for.
     """
     with exit_on_error(debug):
-        _quiet()
+        quiet()
         from merit_hf.launch import train_groups
         from merit_hf.plan import PartitionPlan
 
         loaded = PartitionPlan.from_pretrained(plan)
+        loaded.supply(dict(named_values(data, "--data")))
         if group != "all" and not group.isdigit():
             raise ConfigError(f"--group {group}: expected a number from 0 to {loaded.num_groups - 1}, or `all`.")
         numbers = list(range(loaded.num_groups)) if group == "all" else [loaded.group(int(group)).group]
@@ -90,14 +87,22 @@ def train(
         train_groups(loaded, numbers, outputs, placement or [], num_processes, accelerate_config)
         done = " ".join(str(path) for path in outputs)
         then = f"merge {plan} {done} --output {output.parent}/merged" if group == "all" else f"verify {plan} {done}"
-        _print(f"Trained: {done}. Next: merit {then}")
+        if loaded.repo_id is not None and group != "all":
+            then = f"push {done} OWNER/NAME, and merit contribute {plan} OWNER/NAME"
+        say(f"Trained: {done}. Next: merit {then}")
 
 
 @app.command()
 def merge(
     plan: PlanArgument,
-    checkpoints: Checkpoints,
     output: Output,
+    checkpoints: Annotated[
+        Optional[list[str]],
+        typer.Argument(
+            metavar="[CHECKPOINT]...",
+            help="Folders of group checkpoints, or Hub ids. Default: those accepted in the plan's Hub repo.",
+        ),
+    ] = None,
     engine: Annotated[Optional[str], typer.Option(help="safetensors (default) or mergekit.")] = None,
     weights: Annotated[
         Optional[str], typer.Option(help="tokens (default), loss_tokens, uniform, or a YAML FILE.")
@@ -111,7 +116,8 @@ def merge(
 ) -> None:
     """Verify the groups and average them, weighted by tokens."""
     with exit_on_error(debug):
-        _quiet()
+        quiet()
+        from merit_hf.community import accepted_checkpoints
         from merit_hf.group_merge import merge_groups
         from merit_hf.manifest import read_manifest
         from merit_hf.plan import PartitionPlan
@@ -119,42 +125,17 @@ def merge(
         from merit_hf.summary import merge_summary
 
         loaded = PartitionPlan.from_pretrained(plan)
+        chosen = checkpoints or accepted_checkpoints(loaded)
         section = loaded.config["merge"]
         with Progress().stage("Merging", unit="tensors") as stage:
             merge_groups(
-                loaded, [_checkpoint(text) for text in checkpoints], output, engine=engine or section["engine"],
+                loaded, chosen, output, engine=engine or section["engine"],
                 weights=weights or loaded.local.get("merge_weights") or section["weights"],
                 out_dtype=out_dtype or section["out_dtype"],
                 exclude=tuple(exclude or ()), allow_missing=allow_missing, progress=stage.update,
             )  # fmt: skip
-        _print(merge_summary(read_manifest(output)["stats"]))
-        _print(
-            f"The merged model is in {output}. Next: merit evaluate {output} --plan {plan} --output {output.parent}"
-        )
-
-
-@app.command()
-def verify(plan: PlanArgument, checkpoints: Checkpoints, debug: Debug = False) -> None:
-    """Check group checkpoints against the plan, line by line.
-
-    Exits with 1 where a check fails.
-    """
-    with exit_on_error(debug):
-        _quiet()
-        from merit_hf.manifest import failed, verify_checkpoint
-        from merit_hf.plan import PartitionPlan
-
-        loaded = PartitionPlan.from_pretrained(plan)
-        bad = 0
-        for text in checkpoints:
-            checks = verify_checkpoint(loaded, _checkpoint(text))
-            for check in checks:
-                verdict = "ok    " if check.ok else "FAILED"
-                _print(f"{verdict} {text}: {check.name}: expected {check.expected}; found {check.found}")
-            bad += failed(checks) is not None
-        _print(f"{len(checkpoints) - bad} of {len(checkpoints)} checkpoints verify against plan {loaded.sha256[:12]}.")
-        if bad:
-            raise SystemExit(1)
+        say(merge_summary(read_manifest(output)["stats"]))
+        say(f"The merged model is in {output}. Next: merit evaluate {output} --plan {plan} --output {output.parent}")
 
 
 @app.command()
@@ -169,17 +150,17 @@ def evaluate(
 ) -> None:
     """Held-out loss of base and models on every dataset."""
     with exit_on_error(debug):
-        _quiet()
+        quiet()
         from merit_hf.evaluate import evaluate_models, evaluation_table, save_evaluation
         from merit_hf.plan import PartitionPlan
         from merit_hf.summary import label_models
 
         loaded = PartitionPlan.from_pretrained(plan)
-        labelled = label_models({text: _checkpoint(text) for text in models})
+        labelled = label_models({text: checkpoint_folder(text) for text in models})
         evaluation = evaluate_models(loaded, {"base": loaded.base_folder(), **labelled}, num_samples)
         path = save_evaluation(evaluation, output)
-        _print(evaluation_table(evaluation))
-        _print(f"The numbers are in {path}.")
+        say(evaluation_table(evaluation))
+        say(f"The numbers are in {path}.")
 
 
 @app.command()
@@ -204,8 +185,8 @@ def report(
 
         page = write_report(folder, output)
         if figures:
-            _print(*(f"Figure: {path}" for path in save_run_figures(folder)))
-        _print(f"The report is in {page}. Open it in a browser; it is one file and loads nothing.")
+            say(*(f"Figure: {path}" for path in save_run_figures(folder)))
+        say(f"The report is in {page}. Open it in a browser; it is one file and loads nothing.")
 
 
 @app.command()
@@ -222,7 +203,7 @@ def run(
 ) -> None:
     """All of it: plan, train every group, merge, evaluate, report."""
     with exit_on_error(debug):
-        _quiet()
+        quiet()
         from merit_hf.config import MeritConfig
 
         checked = MeritConfig.from_yaml(config, overrides or [])
@@ -230,39 +211,12 @@ def run(
         from merit_hf.summary import plan_summary, run_summary
 
         result = run_all(checked, output, joint, num_processes, accelerate_config)
-        _print(*plan_summary(result.plan))
-        _print(*run_summary(result, output))
+        say(*plan_summary(result.plan))
+        say(*run_summary(result, output))
 
 
-def _checkpoint(text: str) -> Path:
-    from merit_hf.hub import resolve_model
-
-    path, _, revision = text.partition("@")
-    return Path(text) if Path(text).is_dir() else resolve_model(path, revision or None, Path(), "CHECKPOINT")[0]
-
-
-def _print(*renderables: object) -> None:
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    console = Console(soft_wrap=True)
-    for renderable in renderables:
-        if isinstance(renderable, Table):
-            # A table is never cut: a pipe, or a narrow window, gets lines as long as its numbers need.
-            wide = Console(width=200)
-            needed = Measurement.get(wide, wide.options, renderable).maximum
-            wide.width = max(console.width, needed)
-            wide.print(renderable)
-        else:
-            console.print(renderable, highlight=False, markup=False)
-
-
-def _quiet() -> None:
-    """Our own progress is shown; the libraries' bars and repeated advice would bury it."""
-    from merit_hf.quiet import quiet_libraries
-
-    quiet_libraries()
+for command in cli_hub.COMMANDS:
+    app.command()(command)
 
 
 def main() -> None:

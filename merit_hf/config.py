@@ -126,11 +126,14 @@ class HubSection(_Section):
         push (`bool`, *optional*, defaults to `False`): upload plan, groups and merged model when all are done.
         namespace (`str`, *optional*): user or organisation. Default: the token's owner.
         private (`bool`, *optional*, defaults to `True`): visibility of repos that do not exist yet.
+        license (`str`, *optional*): of the merged model. Default: what follows from base and data; where that is not
+            clear, the push is refused until this is given.
     """
 
     push: bool = False
     namespace: str | None = None
     private: bool = True
+    license: str | None = None
 
 
 class MeritConfig(_Section):

@@ -15,14 +15,19 @@ import yaml
 
 from merit_hf.cards import merged_model_card
 from merit_hf.checkpoint import atomic_folder, weights_sha256
+from merit_hf.checks import Check, failed, manifest_checks
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import resolve_model
-from merit_hf.manifest import failed, hash_files, read_manifest, verify_checkpoint, write_manifest
+from merit_hf.manifest import hash_files, read_manifest, write_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME, MergeStats, merge_into, model_reference
 from merit_hf.plan import PartitionPlan, canonical_sha256
+from merit_hf.sources import FolderSource, Source, open_source
+from merit_hf.verify import verify_checkpoints
 from merit_hf.versions import library_versions
 
 SCHEMA_VERSION = 1
+# What a merge asks of its groups: everything that can be seen in manifests, files and weights, without data.
+LEVEL = "weights"
 
 
 def merge_groups(
@@ -59,10 +64,8 @@ def merge_groups(
     values = group_weights(plan, numbers, weights)
     folder = plan.base_folder() if base is None else _locate(base, "base")
     with atomic_folder(Path(output)) as part:
-        for number in numbers:
-            _verify(plan, chosen[number])
         _verify_base(plan, folder)
-        folders = [chosen[number] for number in numbers]
+        folders = _verified_folders(plan, [chosen[number] for number in numbers])
         stats = merge_into(part, folder, folders, values, out_dtype, engine, progress=progress)
         if plan.base.get("chat_template") is not None:
             # The groups were trained with a template of the plan's, not with the base's own.
@@ -79,22 +82,19 @@ def merge_groups(
 
 def _chosen_groups(
     plan: PartitionPlan, checkpoints: Sequence[str | Path], exclude: Sequence[int], allow_missing: bool
-) -> dict[int, Path]:
-    """Folder by group, as the manifests say, less the excluded groups."""
+) -> dict[int, Source]:
+    """Checkpoint by group, as the manifests say, less the excluded groups; nothing is downloaded yet."""
     for excluded in exclude:
         plan.group(excluded)
-    given: dict[int, Path] = {}
+    given: dict[int, Source] = {}
     for checkpoint in checkpoints:
-        folder = _locate(checkpoint, "checkpoint")
-        number = read_manifest(folder).get("group")
-        if not isinstance(number, int) or not 0 <= number < plan.num_groups:
-            raise ConfigError(
-                f"{folder}: its merit.json names group {number}, and the plan has groups 0 to {plan.num_groups - 1}. "
-                "Give checkpoints of this plan's groups."
-            )
+        source = open_source(checkpoint, "checkpoint")
+        number = _group_of(plan, source)
         if number in given:
-            raise ConfigError(f"group {number} is given twice: {given[number]} and {folder}. Give one of them.")
-        given[number] = folder
+            raise ConfigError(
+                f"group {number} is given twice: {given[number].name} and {source.name}. Give one of them."
+            )
+        given[number] = source
     wanted = set(range(plan.num_groups)) - set(exclude)
     missing = sorted(wanted - given.keys())
     if missing and not allow_missing:
@@ -149,13 +149,38 @@ def _number(value: Any, where: str) -> float:
         raise ConfigError(f"{where}: weight {value!r} is not a number.") from None
 
 
-def _verify(plan: PartitionPlan, folder: Path) -> None:
-    check = failed(verify_checkpoint(plan, folder))
-    if check is not None:
-        raise MeritError(
-            f"{folder}: does not verify: {check.name} is {check.found}, expected {check.expected}. Train the group "
-            "again from this plan, or leave it out with --exclude."
-        )
+def _group_of(plan: PartitionPlan, source: Source) -> int:
+    if isinstance(source, FolderSource):
+        number = read_manifest(source.folder).get("group")
+        if not isinstance(number, int) or not 0 <= number < plan.num_groups:
+            raise ConfigError(
+                f"{source.name}: its merit.json names group {number}, and the plan has groups 0 to "
+                f"{plan.num_groups - 1}. Give checkpoints of this plan's groups."
+            )
+        return number
+    checks, group = manifest_checks(plan, source)
+    if group is None:
+        raise _refused(source, checks)
+    return group
+
+
+def _verified_folders(plan: PartitionPlan, sources: Sequence[Source]) -> list[Path]:
+    """The folders of verified checkpoints, in order; refuses the first that does not verify."""
+    folders = []
+    for result in verify_checkpoints(plan, sources, LEVEL):
+        if not result.ok or result.folder is None:
+            raise _refused(result.source, result.checks)
+        folders.append(result.folder)
+    return folders
+
+
+def _refused(source: Source, checks: list[Check]) -> MeritError:
+    check = failed(checks)
+    assert check is not None
+    return MeritError(
+        f"{source.name}: does not verify: {check.name} is {check.found}, expected {check.expected}. Train the group "
+        "again from this plan, or leave it out with --exclude."
+    )
 
 
 def _verify_base(plan: PartitionPlan, folder: Path) -> None:
@@ -193,6 +218,7 @@ def _merged_manifest(
                 "num_input_tokens": manifest["num_input_tokens"],
                 "num_loss_tokens": manifest["num_loss_tokens"],
                 "files_sha256": canonical_sha256(manifest["files"]),
+                "verified": LEVEL,
                 "repo_id": None if repo_id.startswith("/") else repo_id,
                 "revision": None if repo_id.startswith("/") else revision,
             }

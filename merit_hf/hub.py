@@ -1,30 +1,73 @@
-"""The only room that talks to the Hub."""
+"""Reading from the Hub: revisions, listings, headers and downloads, bounded before they begin. `hub_write` writes."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import contextlib
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    # Of whatever HTTP library the client is built on: a broken connection, a timeout.
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    SafetensorsParsingError,
+)
+from huggingface_hub.hf_api import RepoFile
 
+from merit_hf.checkpoint import TensorInfo
 from merit_hf.config import ConfigError, MeritError
 
 # Weights in pickle files are never fetched: nothing here reads them.
-_IGNORED = [
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-    "*.gguf",
-    "*.pkl",
-    "original/*",
-    "onnx/*",
-]
+_IGNORED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.pkl", "original/*",
+            "onnx/*"]  # fmt: skip
+# One folder deep at most, no leading dot, nothing that a shell, a URL or a glob would read as anything but a name.
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_][\w.+=-]*(/[A-Za-z0-9_][\w.+=-]*)?", re.ASCII)
+MAX_FILES = 1000
+# 1,000 datasets have a million pairs of 24 bytes.
+_MAX_PLAN_BYTES = 256 << 20
+
+
+class HubUnavailableError(MeritError):
+    """The Hub failed or cannot be reached: nobody's mistake, and nothing is known to be wrong."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file as a repo's listing tells it: `size` in bytes, git's `blob_id`; `sha256` where LFS or Xet holds it."""
+
+    path: str
+    size: int
+    blob_id: str
+    sha256: str | None
+
+
+@contextlib.contextmanager
+def hub_errors(doing: str) -> Iterator[None]:
+    """The client's errors as one line that begins with `doing`, such as `pushing plan to org/name`.
+
+    Raises:
+        ConfigError: nothing is there, or there is no access. HubUnavailableError: the Hub failed or cannot be reached.
+    """
+    try:
+        yield
+    except HFValidationError as error:
+        raise ConfigError(f"{doing}: not a Hub id: {_one_line(error)}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403, 404):
+            raise ConfigError(
+                f"{doing}: not there, or not for you (HTTP {status}). Check the name, or log in with `hf auth login`."
+            ) from error
+        raise HubUnavailableError(f"{doing}: the Hub answered HTTP {status}. Run the command again.") from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError, OSError) as error:
+        raise HubUnavailableError(f"{doing}: {_one_line(error)}. Run the command again.") from error
 
 
 def pin_revision(repo_id: str, revision: str | None, repo_type: str, where: str) -> str:
@@ -32,7 +75,7 @@ def pin_revision(repo_id: str, revision: str | None, repo_type: str, where: str)
 
     Raises:
         ConfigError: no such repo or revision, or no access to it.
-        MeritError: the Hub cannot be reached.
+        HubUnavailableError: the Hub failed or cannot be reached.
     """
     try:
         info = HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type)
@@ -46,31 +89,115 @@ def pin_revision(repo_id: str, revision: str | None, repo_type: str, where: str)
                 f"{where}: no {repo_type} `{repo_id}`{at} is visible on the Hub (HTTP {status}). "
                 "Check the name, or log in with `hf auth login` if it is private or gated."
             ) from error
-        raise MeritError(f"{where}: the Hub answered HTTP {status} for `{repo_id}`. Run the command again.") from error
-    except (OfflineModeIsEnabled, OSError) as error:
-        raise MeritError(
+        raise HubUnavailableError(
+            f"{where}: the Hub answered HTTP {status} for `{repo_id}`. Run the command again."
+        ) from error
+    except (OfflineModeIsEnabled, HTTPError, OSError) as error:
+        raise HubUnavailableError(
             f"{where}: `{repo_id}` is no existing path, and the Hub cannot be reached: {error}"
         ) from error
     return str(info.sha)
 
 
+def is_plain_path(path: str) -> bool:
+    """True for a name that can be written below a folder and nowhere else: no `..`, no absolute path, no odd sign."""
+    return _PLAIN_PATH.fullmatch(path) is not None
+
+
+def list_files(repo_id: str, revision: str, repo_type: str) -> dict[str, HubFile]:
+    """{path: file} of a repo at a commit; a repo of more than `MAX_FILES` files is refused."""
+    files: dict[str, HubFile] = {}
+    with hub_errors(f"listing `{repo_id}@{revision[:12]}`"):
+        for entry in HfApi().list_repo_tree(repo_id, revision=revision, repo_type=repo_type, recursive=True):
+            if isinstance(entry, RepoFile):
+                files[entry.path] = HubFile(
+                    entry.path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None
+                )
+            if len(files) > MAX_FILES:
+                raise MeritError(f"`{repo_id}`: more than {MAX_FILES} files, so it is none of merit's repos.")
+    return files
+
+
+def fetch_files(repo_id: str, revision: str, repo_type: str, paths: Iterable[str]) -> Path:
+    """Download just `paths` at a commit; returns the snapshot folder.
+
+    Raises:
+        MeritError: a name that is no plain relative path, or the download failed.
+    """
+    wanted = list(paths)
+    odd = [path for path in wanted if not is_plain_path(path)]
+    if odd:
+        raise MeritError(f"`{repo_id}`: file name {odd[0]!r} is not a plain name, so it is not downloaded.")
+    with hub_errors(f"downloading `{repo_id}@{revision[:12]}`"):
+        return Path(snapshot_download(repo_id, revision=revision, repo_type=repo_type, allow_patterns=wanted))
+
+
+def read_file(repo_id: str, revision: str, repo_type: str, file: HubFile, max_bytes: int) -> bytes:
+    """One small file of a commit.
+
+    Raises:
+        MeritError: larger than `max_bytes`, or the download failed.
+    """
+    if file.size > max_bytes:
+        raise MeritError(f"`{repo_id}`: {file.path} has {file.size:,} bytes, at most {max_bytes:,} are read.")
+    with hub_errors(f"reading {file.path} of `{repo_id}@{revision[:12]}`"):
+        return Path(hf_hub_download(repo_id, file.path, revision=revision, repo_type=repo_type)).read_bytes()
+
+
+def read_tensor_headers(repo_id: str, revision: str, files: Iterable[str]) -> dict[str, TensorInfo]:
+    """Every tensor in safetensors `files` of a model repo, by range requests: no weights are downloaded.
+
+    Raises:
+        MeritError: a header cannot be read, or two files hold the same tensor.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        try:
+            with hub_errors(f"reading the header of {file} in `{repo_id}`"):
+                header = HfApi().parse_safetensors_file_metadata(repo_id, file, revision=revision)
+        except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MeritError(f"{file}: not a safetensors file: {_one_line(error)}") from error
+        for name, info in header.tensors.items():
+            if name in tensors:
+                raise MeritError(f"tensor {name} is in both {tensors[name].file} and {file}")
+            tensors[name] = TensorInfo(info.dtype, tuple(info.shape), file, *info.data_offsets)
+    return dict(sorted(tensors.items()))
+
+
+def fetch_plan(repo_id: str, revision: str, plan_name: str) -> Path:
+    """The local snapshot of a plan repo at a commit: the plan and its tables, no more than a plan can weigh.
+
+    Raises:
+        ConfigError: the repo holds no plan. MeritError: its tables are larger than any plan's, or the download failed.
+    """
+    files = list_files(repo_id, revision, "dataset")
+    if plan_name not in files:
+        raise ConfigError(f"`{repo_id}@{revision[:12]}` has no {plan_name}, so it is not a plan.")
+    wanted = [plan_name, *(path for path in files if path.startswith("data/") and path.endswith(".parquet"))]
+    size = sum(files[path].size for path in wanted)
+    if size > _MAX_PLAN_BYTES:
+        raise MeritError(f"`{repo_id}`: the plan has {size:,} bytes, at most {_MAX_PLAN_BYTES:,} are downloaded.")
+    return fetch_files(repo_id, revision, "dataset", wanted)
+
+
+def fetch_sketches(repo_id: str, revision: str, name: str) -> None:
+    """Add a plan's gradient read-outs to its snapshot, where the repo has them."""
+    if name in list_files(repo_id, revision, "dataset"):
+        fetch_files(repo_id, revision, "dataset", [name])
+
+
 def fetch_model(repo_id: str, revision: str) -> Path:
     """The local snapshot of a model repo at a commit: safetensors and side files, never pickles."""
-    try:
+    with hub_errors(f"downloading `{repo_id}@{revision[:12]}`"):
         return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=_IGNORED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise MeritError(f"`{repo_id}@{revision}` could not be downloaded: {error}. Run the command again.") from error
 
 
-def fetch_plan(repo_id: str, revision: str) -> Path:
-    """The local snapshot of a plan repo at a commit."""
-    try:
-        folder = Path(snapshot_download(repo_id, revision=revision, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise MeritError(f"`{repo_id}@{revision}` could not be downloaded: {error}. Run the command again.") from error
-    if not (folder / "plan.json").is_file():
-        raise ConfigError(f"`{repo_id}@{revision[:12]}` has no plan.json, so it is not a plan.")
-    return folder
+def fetch_folder(repo_id: str, revision: str, folder: str, into: Path) -> Path | None:
+    """Download one folder of a model repo below `into`, pickles included: of one's own only. None if it is empty."""
+    with hub_errors(f"downloading {folder} of `{repo_id}`"):
+        snapshot_download(repo_id, revision=revision, allow_patterns=[f"{folder}/*"], local_dir=into)
+    shutil.rmtree(into / ".cache", ignore_errors=True)
+    return into / folder if (into / folder).is_dir() else None
 
 
 def resolve_model(path: str, revision: str | None, root: Path, where: str) -> tuple[Path, str | None, str | None]:
@@ -88,44 +215,36 @@ def resolve_model(path: str, revision: str | None, root: Path, where: str) -> tu
     return fetch_model(path, sha), path, sha
 
 
-def push_folder(
-    folder: Path, repo_id: str, repo_type: str, private: bool, message: str, ignore: tuple[str, ...] = ()
-) -> str:
-    """Upload a finished folder as one commit and return the commit's URL. Run again, unchanged files are no-ops."""
-    api = HfApi()
+def model_licence(repo_id: str, revision: str | None, repo_type: str) -> str | None:
+    """The licence that a repo's card names, if it names one."""
+    with hub_errors(f"reading the card of `{repo_id}`"):
+        info = HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type)
+    licence = (getattr(info, "card_data", None) or {}).get("license")
+    return licence if isinstance(licence, str) else None
+
+
+def current_user() -> tuple[str, list[str]]:
+    """(name, organisations) of the token's owner.
+
+    Raises:
+        ConfigError: there is no token, or the Hub does not know it. HubUnavailableError: it cannot be reached.
+    """
     try:
-        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-        commit = _again_if_busy(
-            lambda: api.upload_folder(
-                folder_path=folder,
-                repo_id=repo_id,
-                repo_type=repo_type,
-                commit_message=message,
-                ignore_patterns=list(ignore),
-            )
-        )
-    except (HfHubHTTPError, OSError) as error:
-        raise MeritError(f"pushing {folder.name} to `{repo_id}` failed: {error}. Run the command again.") from error
-    return str(commit.commit_url)
+        owner = HfApi().whoami()
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code >= 500:
+            raise HubUnavailableError(
+                f"asking who you are: the Hub answered HTTP {error.response.status_code}. Run the command again."
+            ) from error
+        raise ConfigError("the Hub does not know you. Log in with `hf auth login`.") from error
+    except HTTPError as error:
+        raise HubUnavailableError(f"asking who you are: {_one_line(error)}. Run the command again.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"this needs a token of the Hub: {_one_line(error)}. Log in with `hf auth login`."
+        ) from error
+    return str(owner["name"]), [str(org["name"]) for org in owner.get("orgs", [])]
 
 
-def _again_if_busy(upload: Callable[[], CommitInfo], attempts: int = 4) -> CommitInfo:
-    """The client repeats its other requests, but never the commit; on a branch, repeating one is a no-op."""
-    for attempt in range(1, attempts):
-        try:
-            return upload()
-        except HfHubHTTPError as error:
-            response = error.response
-            if response is None or response.status_code not in (429, 500, 502, 503, 504):
-                raise
-            asked = response.headers.get("Retry-After", "")
-            time.sleep(min(float(asked) if asked.isdigit() else 2.0**attempt, 60.0))
-    return upload()
-
-
-def current_user() -> str:
-    """The name of the token's owner."""
-    try:
-        return str(HfApi().whoami()["name"])
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(f"hub.push needs a token: {error}. Log in with `hf auth login`.") from error
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

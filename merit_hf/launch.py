@@ -68,4 +68,6 @@ def accelerate_command(
     if num_processes is not None:
         command += ["--num_processes", str(num_processes)]
     command += ["-m", "merit_hf.training", source, *placement, "--group", str(group), "--output", str(output)]
+    for name, place in plan.supplied.items():
+        command += ["--data", f"{name}={place}"]
     return command + (["--num-processes", str(num_processes)] if num_processes is not None else [])

@@ -105,10 +105,12 @@ def plan_specs(plan: PartitionPlan, names: Sequence[str]) -> tuple[list[DatasetS
         if entry.get("path") is None:
             raise ConfigError(
                 f"dataset `{name}` was a local file where the plan was made (fingerprint {pinned.fingerprint[:12]}); "
-                "it is not on this machine. Plan from its own CONFIG here, or ask the plan's author for the file."
+                f"it is not on this machine. Get the file from the plan's author and give it with --data {name}=PATH."
             )
         specs.append(DatasetSection(**entry))
-    return specs, Path(plan.local.get("root", "."))
+    # Of a plan from the Hub nothing is looked up on this machine but what the user supplied, by absolute path.
+    root = plan.folder if plan.repo_id is not None and plan.folder is not None else plan.local.get("root", ".")
+    return specs, Path(root)
 
 
 def check_against_plan(prepared: PreparedDataset, planned: PlannedDataset) -> None:

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merit_hf.cards import merged_model_card
+from merit_hf.cards import EVALUATION_FIGURE, merged_model_card
 from merit_hf.config import ConfigError, MeritConfig
 from merit_hf.evaluate import EVALUATION_NAME, evaluate_models, save_evaluation
 from merit_hf.group_merge import group_weights, merge_groups
-from merit_hf.hub import current_user, push_folder
+from merit_hf.hub import current_user
 from merit_hf.launch import train_groups
 from merit_hf.manifest import read_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME
-from merit_hf.plan import LOCAL_NAME, PartitionPlan
+from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
+from merit_hf.publish import licence_of, push_group, push_merged, push_plan
 from merit_hf.report import save_evaluation_figure, write_report
 from merit_hf.resolved import WEIGHTINGS
 
@@ -60,7 +61,7 @@ def run_all(
         progress ([`Progress`], *optional*): where to show it.
     """
     progress = progress or Progress()
-    namespace = (config.hub.namespace or current_user()) if config.hub.push else None
+    namespace = (config.hub.namespace or current_user()[0]) if config.hub.push else None
     merged = output / "merged"
     if merged.exists() and (output / "plan").exists():
         # Before the plan takes up changed settings: a call that is refused changes nothing.
@@ -68,6 +69,9 @@ def run_all(
     plan = MeritPlanner(config, progress).plan(output / "plan")
     if merged.exists():
         _check_merged(config, plan, merged)
+    if namespace:
+        # What a push would be refused for is told before the training, not after it.
+        licence_of(plan, range(plan.num_groups), config.hub.license)
     groups = [output / "groups" / str(group.group) for group in plan.groups]
     train_groups(plan, range(plan.num_groups), groups, (), num_processes, accelerate_config, progress)
     joint_model = None
@@ -85,18 +89,18 @@ def run_all(
     models = {"base": plan.base_folder(), **({"joint": joint_model} if joint_model else {})}
     models |= {f"group-{number}": folder for number, folder in enumerate(groups)} | {"merged": merged}
     evaluation = None
-    if any(entry["eval_path"] or entry["eval_split"] or entry["eval_fraction"] for entry in plan.config["datasets"]):
+    if any(spec.eval_path or spec.eval_split or spec.eval_fraction for spec in config.datasets):
         evaluation = _load_evaluation(output, plan, list(models))
         if evaluation is None:
             evaluation = evaluate_models(plan, models, progress=progress)
             recipe = (merged / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
             manifest = read_manifest(merged)
-            picture = save_evaluation_figure(evaluation, manifest, merged).relative_to(merged).as_posix()
-            card = merged_model_card(plan, manifest, recipe, evaluation, picture)
+            save_evaluation_figure(evaluation, manifest, merged)
+            card = merged_model_card(plan, manifest, recipe, evaluation, picture=EVALUATION_FIGURE)
             (merged / "README.md").write_text(card, encoding="utf-8")
             save_evaluation(evaluation, output)
     report = write_report(output)
-    pushed = _push(config, namespace, output, plan, groups, merged) if namespace else {}
+    pushed = _push(config, namespace, output, plan, groups, merged, evaluation) if namespace else {}
     return RunResult(plan, groups, merged, joint_model, evaluation, report, pushed)
 
 
@@ -144,16 +148,24 @@ def _weights(config: MeritConfig) -> str:
 
 
 def _push(
-    config: MeritConfig, namespace: str, output: Path, plan: PartitionPlan, groups: list[Path], merged: Path
+    config: MeritConfig,
+    namespace: str,
+    output: Path,
+    plan: PartitionPlan,
+    groups: list[Path],
+    merged: Path,
+    evaluation: dict[str, Any] | None,
 ) -> dict[str, str]:
     name, private = output.resolve().name, config.hub.private
-    pushed = {
-        "plan": push_folder(
-            output / "plan", f"{namespace}/{name}-plan", "dataset", private, "Upload plan", (LOCAL_NAME,)
-        )
-    }
+    plan_id, repo = f"{namespace}/{name}-plan", f"{namespace}/{name}-merged"
+    pushed = {"plan": push_plan(PartitionPlan.from_pretrained(output / "plan"), plan_id, private).url}
+    repos = {}
     for number, folder in enumerate(groups):
         repo_id = f"{namespace}/{name}-group-{number}"
-        pushed[f"group-{number}"] = push_folder(folder, repo_id, "model", private, f"Upload group {number}")
-    pushed["merged"] = push_folder(merged, f"{namespace}/{name}-merged", "model", private, "Upload merged model")
-    return pushed
+        done = push_group(folder, repo_id, private)
+        pushed[f"group-{number}"], repos[number] = done.url, f"{repo_id}@{done.revision}"
+    publication = push_merged(
+        merged, repo, PartitionPlan.from_pretrained(plan_id), private=private, licence=config.hub.license,
+        group_repos=repos, evaluation=evaluation,
+    )  # fmt: skip
+    return pushed | {"merged": publication.pushed.url, "collection": str(publication.collection)}

@@ -24,6 +24,7 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.readouts import SKETCHES_NAME, open_sketches
 from merit_hf.tables import PlannedDataset as PlannedDataset
 from merit_hf.tables import PlannedGroup as PlannedGroup
+from merit_hf.untrusted import check_pinned, vet_plan
 
 SCHEMA_VERSION = 1
 PLAN_NAME = "plan.json"
@@ -47,6 +48,7 @@ class PartitionPlan:
         explained: share of the variance of C on each axis. bounds: what can be trusted of the axes.
         skipped: datasets left out, with the reason.
         inputs_sha256: of what the planner was given; the same inputs are not planned twice.
+        supplied: {dataset: file} as [`supply`] was told.
         local: {"base": folder, "datasets": {name: {"path", "eval_path"}}, "root": folder} on this machine.
     """
 
@@ -66,6 +68,7 @@ class PartitionPlan:
     revision: str | None = None
     local: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    supplied: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_groups(self) -> int:
@@ -178,12 +181,17 @@ class PartitionPlan:
         """
         folder, repo_id, sha = _locate(path, revision)
         content = _read_content(folder)
-        local = folder / LOCAL_NAME
         try:
+            datasets = tables.read_datasets(folder)
+            if repo_id is not None:
+                content = vet_plan(content, content["sft"], repo_id)
+                for dataset in datasets:
+                    check_pinned(dataset.repo_id, dataset.revision, dataset.name, repo_id)
             plan = cls(
-                datasets=tables.read_datasets(folder),
+                datasets=datasets,
                 groups=tables.read_groups(folder),
-                local=json.loads(local.read_text(encoding="utf-8")) if local.exists() else {},
+                # What lies in a repo under this name was written by somebody else about another machine.
+                local=_read_local(folder) if repo_id is None else {},
                 repo_id=repo_id,
                 revision=sha,
                 folder=folder,
@@ -195,18 +203,45 @@ class PartitionPlan:
             raise MeritError(f"{folder}: not a complete plan ({type(error).__name__}: {error}).") from error
         return plan
 
-    def push_to_hub(self, repo_id: str, private: bool = True) -> str:
-        """Upload the plan's folder as one commit of a dataset repo, without local.json; returns the commit's URL."""
-        from merit_hf.hub import push_folder
+    def push_to_hub(self, repo_id: str, private: bool | None = None, create_pr: bool = False) -> str:
+        """Upload the plan's folder as one commit of a dataset repo, without local.json; returns the commit's URL.
 
-        if self.folder is None:
-            raise ConfigError("save_pretrained the plan and load it from there before push_to_hub.")
-        return push_folder(self.folder, repo_id, "dataset", private, "Upload partition plan", (LOCAL_NAME,))
+        Args:
+            private (`bool`, *optional*): visibility of a repo that does not exist yet. Default: the Hub's own.
+            create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead.
+
+        Raises:
+            ConfigError: the plan was not saved, or the repo holds another plan that is in use.
+            MeritError: the upload failed; it can be run again.
+        """
+        from merit_hf.publish import push_plan
+
+        return push_plan(self, repo_id, private, create_pr).url
+
+    def supply(self, paths: dict[str, str | Path]) -> None:
+        """Say where datasets lie that were local where the plan was made: {name: file}. Their rows are checked later.
+
+        Raises:
+            ConfigError: no such dataset, or no such file.
+        """
+        for name, path in paths.items():
+            if name not in self.names:
+                raise ConfigError(f"--data {name}: the plan has no such dataset. It has {', '.join(self.names)}.")
+            if not Path(path).expanduser().exists():
+                raise ConfigError(f"--data {name}={path}: no such file.")
+            self.supplied[name] = str(Path(path).expanduser().resolve())
+            self.local.setdefault("datasets", {})[name] = {"path": self.supplied[name]}
 
     def load_sketches(self) -> np.ndarray | None:
         """The gradient read-outs, float32 [T, dim], memory-mapped; None where the split needed none."""
-        path = self.folder / SKETCHES_NAME if self.folder else None
-        return open_sketches(path) if path is not None and path.exists() else None
+        if self.folder is None:
+            return None
+        path = self.folder / SKETCHES_NAME
+        if self.repo_id is not None and self.revision is not None and not path.exists():
+            from merit_hf.hub import fetch_sketches
+
+            fetch_sketches(self.repo_id, self.revision, SKETCHES_NAME)
+        return open_sketches(path) if path.exists() else None
 
     def _check_identity(self, recorded: str, folder: Path) -> None:
         total = sum(group.train_input_tokens for group in self.groups)
@@ -259,6 +294,11 @@ def group_identity(base: dict[str, Any], members: Sequence[PlannedDataset], sft:
     )
 
 
+def _read_local(folder: Path) -> dict[str, Any]:
+    path = folder / LOCAL_NAME
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
 def _read_content(folder: Path) -> dict[str, Any]:
     path = folder / PLAN_NAME
     try:
@@ -286,4 +326,4 @@ def _locate(path: str | Path, revision: str | None) -> tuple[Path, str | None, s
     from merit_hf.hub import fetch_plan, pin_revision
 
     sha = pin_revision(repo_id, at or revision, "dataset", "plan")
-    return fetch_plan(repo_id, sha), repo_id, sha
+    return fetch_plan(repo_id, sha, PLAN_NAME), repo_id, sha

@@ -19,6 +19,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from plotly.offline import get_plotlyjs
 
 from merit_hf.blocks import decimals
+from merit_hf.cards import EVALUATION_FIGURE
 from merit_hf.charts import extremes
 from merit_hf.config import MeritError
 from merit_hf.diagnosed import diagnosis_facts
@@ -76,12 +77,12 @@ def save_run_figures(folder: str | Path) -> list[Path]:
 
 
 def save_evaluation_figure(evaluation: Mapping[str, Any], merged: Mapping[str, Any] | None, folder: Path) -> Path:
-    """Write `folder`/figures/held_out_loss.png: what the card of a merged model shows of its evaluation.
+    """Write `folder`/[`EVALUATION_FIGURE`]: what the card of a merged model shows of its evaluation.
 
     Args:
         merged: merit.json of the merged model.
     """
-    path = folder / "figures" / "held_out_loss.png"
+    path = folder / EVALUATION_FIGURE
     path.parent.mkdir(exist_ok=True)
     rows = compared_losses(evaluation, merged)
     save_comparison({name: rows[name] for name in extremes(list(rows))}, path)

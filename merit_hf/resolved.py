@@ -27,7 +27,8 @@ def published_config(config: MeritConfig) -> dict[str, Any]:
         if is_local(entry["path"], config.root):
             entry["path"] = None
         if entry["eval_path"] is not None and is_local(entry["eval_path"], config.root):
-            entry["eval_path"] = None
+            # Without its own file, nothing is held out of the rows that were planned.
+            entry["eval_path"], entry["eval_fraction"] = None, 0.0
     if content["merge"]["weights"] not in WEIGHTINGS:
         content["merge"]["weights"] = "file"
     return content

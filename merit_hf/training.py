@@ -22,12 +22,15 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from merit_hf.callback import MeritCallback
+from merit_hf.community import may_write
 from merit_hf.config import ConfigError, MeritError, check_sft, parse_value
 from merit_hf.entry import exit_on_error
+from merit_hf.hub import current_user, fetch_folder
 from merit_hf.manifest import MANIFEST_NAME, TRAINER_STATE, hash_files, read_manifest
 from merit_hf.mixture import check_against_plan, plan_specs, prepare_dataset, read_mixture
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress, Stage
+from merit_hf.publish import push_group, read_remote_manifest
 from merit_hf.sft import (
     BATCH_FIELDS,
     IDENTITY_FIELDS,
@@ -39,6 +42,8 @@ from merit_hf.sft import (
 from merit_hf.workers import check_processes
 
 _RUN_NAME = "run.json"
+# Where a Trainer with `hub_strategy: checkpoint` puts its newest one.
+_LAST_CHECKPOINT = "last-checkpoint"
 
 
 def train_group(
@@ -67,16 +72,20 @@ def train_group(
     output = Path(output)
     planned = plan.group(group)
     part = output.with_name(output.name + ".part")
+    args = _group_args(plan, group, part, placement or {}, num_processes)
     if output.exists():
         finished = _finished(plan, group, output)
         # A kill between the rename and the clean-up leaves it.
         shutil.rmtree(part, ignore_errors=True)
+        if args.push_to_hub and args.process_index == 0:
+            push_group(finished, str(args.hub_model_id), args.hub_private_repo)
         return finished
-    args = _group_args(plan, group, part, placement or {}, num_processes)
     state = PartialState()
     progress = progress or Progress(quiet=not state.is_main_process)
     if state.is_main_process:
         _discard_stale(part, planned.group_sha256)
+        if args.push_to_hub:
+            _resume_from_hub(part, str(args.hub_model_id), planned.group_sha256, progress)
     state.wait_for_everyone()
     base = plan.base_folder()
     tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
@@ -91,11 +100,15 @@ def train_group(
         with open_trainer(model, tokenizer, args, rows, callbacks=callbacks) as trainer:
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            trainer.save_model(str(part / "final"))
+            # The final push is ours: one commit that also removes what the intermediate ones left.
+            trainer.save_model(str(part / "final"), _internal_call=True)
             if state.is_main_process:
                 trainer.state.save_to_json(str(part / "final" / "trainer_state.json"))
     if state.is_main_process:
         _publish(part, output)
+        if args.push_to_hub:
+            pushed = push_group(output, str(args.hub_model_id), args.hub_private_repo)
+            progress.note(f"group {group}: pushed {pushed.url}")
     state.wait_for_everyone()
     return output
 
@@ -162,7 +175,57 @@ def _group_args(
     args = build_args(sft, part)
     if args.max_steps > 0:
         args.max_steps = plan.group(group).num_steps
+    if args.push_to_hub:
+        args.hub_model_id = _hub_model_id(plan, group, args.hub_model_id)
     return args
+
+
+def _hub_model_id(plan: PartitionPlan, group: int, given: str | None) -> str:
+    """`OWNER/NAME` of the group's repo: as given, else the user's own, named after the plan."""
+    if given and "/" in given:
+        return given
+    name = plan.repo_id.partition("/")[2] if plan.repo_id else (plan.folder or Path("merit")).resolve().parent.name
+    return f"{current_user()[0]}/{given or f'{name}-group-{group}'}"
+
+
+def _resume_from_hub(part: Path, repo_id: str, group_sha256: str, progress: Progress) -> None:
+    """With `hub_strategy: checkpoint`, go on in an empty folder from what another machine pushed.
+
+    A checkpoint holds pickles (optimizer, RNG), which run code when they are read: only one's own are.
+
+    Raises:
+        ConfigError: the repo holds another training, or the finished checkpoint.
+    """
+    if last_checkpoint(part) is not None:
+        return
+    found = read_remote_manifest(repo_id)
+    if found is None:
+        return
+    manifest, revision = found
+    if manifest.get("group_sha256") != group_sha256:
+        raise ConfigError(
+            f"sft.hub_model_id={repo_id}: holds another group's training "
+            f"({str(manifest.get('group_sha256'))[:12]}, this is {group_sha256[:12]}). Choose another repo."
+        )
+    if manifest.get("status") == "complete":
+        raise ConfigError(
+            f"sft.hub_model_id={repo_id}: holds this group's finished checkpoint. Get it with `hf download "
+            f"{repo_id}`, or choose another repo."
+        )
+    if not may_write(repo_id, *current_user()):
+        raise ConfigError(
+            f"sft.hub_model_id={repo_id}: not yours, so its trainer state, which is code, is not loaded."
+        )
+    folder = fetch_folder(repo_id, revision, _LAST_CHECKPOINT, part)
+    if folder is None:
+        return
+    try:
+        step = int(json.loads((folder / "trainer_state.json").read_text())["global_step"])
+    except (OSError, ValueError, KeyError):
+        shutil.rmtree(folder)
+        return
+    os.rename(folder, part / f"checkpoint-{step}")
+    progress.note(f"took step {step} of this group's training from `{repo_id}`")
 
 
 def _group_rows(
@@ -239,11 +302,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--group", type=int, required=True, help="which group to train")
     parser.add_argument("--output", required=True, help="folder for the checkpoint")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="NAME=PATH", help="where a dataset that was local lies here"
+    )
     parser.add_argument("--num-processes", type=int, help="refuse to run with another number of processes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_intermixed_args(argv)
     with exit_on_error(options.debug):
         plan = PartitionPlan.from_pretrained(options.plan)
+        plan.supply(dict(text.split("=", 1) for text in options.data if "=" in text))
         placement = parse_placement(options.placement)
         train_group(plan, options.group, options.output, placement, options.num_processes)
 

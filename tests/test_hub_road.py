@@ -63,7 +63,7 @@ def merit(
 
 
 def test_a_run_over_the_hub_is_pinned_published_and_loadable(hub: HubServer, tmp_path: Path) -> None:
-    config = write_config(tmp_path, push=True, namespace="org", private=False)
+    config = write_config(tmp_path, push=True, namespace="org", private=False, license="apache-2.0")
     done = merit(hub, tmp_path, "run", str(config), "--output", "mixture")
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "mixture/groups/0")
@@ -74,7 +74,8 @@ def test_a_run_over_the_hub_is_pinned_published_and_loadable(hub: HubServer, tmp
     assert {"plan.json", "data/datasets.parquet", "data/conflict.parquet", "README.md"} <= names
     assert "local.json" not in names
     merged = hub.api("bob").model_info("org/mixture-merged")
-    assert "base_model:org/base" in merged.tags
+    assert {f"base_model:merge:org/mixture-group-{k}" for k in (0, 1)} <= set(merged.tags)
+    assert "license:apache-2.0" in merged.tags
     assert {"dataset:org/copy", "dataset:org/count"} <= set(merged.tags)
 
     # A stranger trains a group from the Hub alone, and gets the same identity.
@@ -90,7 +91,7 @@ def test_a_run_over_the_hub_is_pinned_published_and_loadable(hub: HubServer, tmp
 
 @pytest.mark.slow
 def test_private_is_the_default(hub: HubServer, tmp_path: Path) -> None:
-    config = write_config(tmp_path, push=True)
+    config = write_config(tmp_path, push=True, license="mit")
     done = merit(hub, tmp_path, "run", str(config), "--output", "hidden")
     assert done.returncode == 0, done.stderr
     assert hub.api("alice").model_info("alice/hidden-merged").private is True
@@ -116,8 +117,8 @@ def test_what_is_not_there_is_one_line(hub: HubServer, tmp_path: Path, override:
 
 def test_a_busy_hub_delays_a_push(hub: HubServer, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from merit_hf.hub import push_folder; "
-        "print(push_folder(Path(sys.argv[1]), 'org/busy', 'dataset', True, 'x'))"
+        "import sys; from pathlib import Path; from merit_hf.hub_write import folder_files, push_files; "
+        "print(push_files(folder_files(Path(sys.argv[1])), 'org/busy', 'dataset', True, 'x'))"
     )
     (tmp_path / "a.txt").write_text("a")
     hub.fail("status", "/commit/", "POST", status=429, retry_after=1)

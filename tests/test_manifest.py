@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merit_hf.checks import Check
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.group_merge import merge_groups
-from merit_hf.manifest import Check, hash_files, read_manifest, verify_checkpoint, write_manifest
+from merit_hf.manifest import hash_files, read_manifest, write_manifest
 from merit_hf.plan import PartitionPlan
+from merit_hf.verify import verify_checkpoint
 
 
 @pytest.fixture
@@ -41,8 +43,10 @@ def test_an_untouched_checkpoint_verifies(tiny_plan: PartitionPlan, checkpoint: 
     checks = verify_checkpoint(tiny_plan, checkpoint)
     assert all(check.ok for check in checks)
     assert [check.name for check in checks] == [
-        "kind", "group", "status", "group_sha256", "base weights", "chat template", "datasets", "SFT settings",
-        "num_steps", "num_input_tokens", "num_loss_tokens", "no pickled weights", "files", "tensors",
+        "kind", "group", "status", "file names", "no pickled weights", "known files", "group_sha256", "base weights",
+        "chat template", "datasets", "SFT settings", "num_steps", "num_input_tokens", "num_loss_tokens", "files",
+        "tensors", "checksums", "model config", "tokenizer", "chat template in the files", "finite weights", "trained",
+        "largest move",
     ]  # fmt: skip
 
 
@@ -114,8 +118,8 @@ def test_a_changed_file(name: str, tiny_plan: PartitionPlan, checkpoint: Path) -
     content[-2] ^= 1
     (checkpoint / name).write_bytes(content)
     found = failures(tiny_plan, checkpoint)
-    assert list(found) == ["files"]
-    assert found["files"].found == f"{name} has changed"
+    assert list(found) == ["checksums"]
+    assert found["checksums"].found == f"{name} has changed"
 
 
 def test_a_missing_and_an_extra_file(tiny_plan: PartitionPlan, checkpoint: Path) -> None:

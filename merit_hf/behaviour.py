@@ -1,0 +1,153 @@
+"""Does a group checkpoint do better than the base on its own datasets? The check that needs data and forwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from merit_hf.checks import Check, compare, shorten
+from merit_hf.config import MeritError
+from merit_hf.data import seed_of
+from merit_hf.gradients import batch_by_tokens, sample_indices
+from merit_hf.mixture import check_against_plan, plan_specs, prepare_dataset, read_mixture
+from merit_hf.plan import PartitionPlan
+from merit_hf.progress import Progress
+from merit_hf.sft import build_args, chat_template_sha256, collate, load_model, load_tokenizer, loss_sum, open_loss
+
+# Training and saving change these without changing what the weights mean.
+_LOOSE_CONFIG = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id",
+    "pad_token_id", "architectures",
+}  # fmt: skip
+
+
+def side_checks(plan: PartitionPlan, folder: Path, base: Path) -> list[Check]:
+    """Config, tokenizer and chat template are the base's: what the weights were trained to be used with.
+
+    Both sides are read by the libraries here, so that other versions' spelling makes no difference. No code in the
+    checkpoint is run.
+    """
+    checks = []
+    try:
+        ours, theirs = (AutoConfig.from_pretrained(str(path)).to_dict() for path in (base, folder))
+        changed = sorted(
+            key for key in (ours.keys() | theirs.keys()) - _LOOSE_CONFIG if ours.get(key) != theirs.get(key)
+        )
+        expected = {key: ours.get(key) for key in changed[:3]} or "as the base's"
+        found = {key: theirs.get(key) for key in changed[:3]} or "as the base's"
+        checks.append(compare("model config", expected, found, not changed))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        checks.append(Check("model config", "as the base's", shorten(str(error)), False))
+    try:
+        tokenizer = load_tokenizer(folder)
+        same = _vocabulary(tokenizer) == _vocabulary(load_tokenizer(base))
+        template = chat_template_sha256(tokenizer)
+    except (MeritError, KeyError, TypeError, AttributeError) as error:
+        return [*checks, Check("tokenizer", "as the base's", shorten(str(error)), False)]
+    return [
+        *checks,
+        Check("tokenizer", "the base's vocabulary and merges", "the same" if same else "others", same),
+        compare("chat template in the files", plan.base["chat_template_sha256"], template),
+    ]
+
+
+def loss_check(
+    plan: PartitionPlan, number: int, folder: Path, num_samples: int = 64, progress: Progress | None = None
+) -> Check:
+    """Mean held-out loss over the group's datasets: the checkpoint's must be below the base's.
+
+    Args:
+        num_samples: at most so many rows a dataset. Where a dataset has no held-out rows, rows that were trained on.
+
+    Raises:
+        ConfigError: a dataset is not on this machine. MeritError: the data here are not the planned ones.
+    """
+    progress = progress or Progress()
+    base = plan.base_folder()
+    args = build_args(plan.config["sft"])
+    tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
+    model = load_model(base, args)
+    rows, trained_on = _sample_rows(plan, number, model, tokenizer, args, num_samples, progress)
+    before = _losses(model, tokenizer, args, rows, progress, "base")
+    del model
+    try:
+        model = load_model(folder, args)
+    except MeritError as error:
+        return Check("held-out loss", f"below the base's {_mean(before):.4f}", shorten(str(error)), False)
+    after = _losses(model, tokenizer, args, rows, progress, f"group {number}")
+    worst = max(rows, key=lambda name: after[name] - before[name])
+    note = f"; rows of {', '.join(trained_on)} were trained on" if trained_on else ""
+    return Check(
+        "held-out loss",
+        f"below the base's {_mean(before):.4f}",
+        shorten(f"{_mean(after):.4f}; least gain on {worst}: {before[worst]:.4f} → {after[worst]:.4f}")
+        + shorten(note),
+        _mean(after) < _mean(before),
+    )
+
+
+def _sample_rows(
+    plan: PartitionPlan,
+    number: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    num_samples: int,
+    progress: Progress,
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    specs, root = plan_specs(plan, plan.group(number).datasets)
+    loaded, _ = read_mixture(specs, root, args, progress)
+    rows, trained_on = {}, []
+    for dataset, planned in zip(loaded, plan.members(number), strict=True):
+        prepared = prepare_dataset(dataset, model, tokenizer, args)
+        check_against_plan(prepared, planned)
+        pool = prepared.eval
+        if pool is None:
+            pool = prepared.train
+            trained_on.append(dataset.name)
+        rows[dataset.name] = pool.select(sample_indices(len(pool), num_samples, seed_of("behaviour", dataset.name)))
+    return rows, trained_on
+
+
+def _losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    rows: dict[str, datasets.Dataset],
+    progress: Progress,
+    label: str,
+) -> dict[str, float]:
+    losses = {}
+    total = sum(sum(map(len, sample["input_ids"])) for sample in rows.values())
+    with progress.stage(f"Loss of {label}", total=total, unit="tokens") as stage:
+        for name, sample in rows.items():
+            stage.item(name)
+            lengths = [len(ids) for ids in sample["input_ids"]]
+            nats = 0.0
+            with open_loss(model, tokenizer, args, sample) as trainer, torch.no_grad():
+                for indices in batch_by_tokens(lengths, 4096):
+                    nats += float(loss_sum(trainer, collate(trainer, sample, indices)))
+                    stage.advance(sum(lengths[i] for i in indices))
+            losses[name] = nats / max(
+                1, sum(sum(label != -100 for label in labels[1:]) for labels in sample["labels"])
+            )
+    return losses
+
+
+def _mean(losses: dict[str, float]) -> float:
+    return sum(losses.values()) / len(losses)
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:
+    """What turns text into ids and back, without the settings that a training leaves in it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    import json
+
+    content = json.loads(backend.to_str())
+    return {key: value for key, value in content.items() if key not in ("truncation", "padding", "version")}

@@ -1,0 +1,206 @@
+"""How far every tensor of several checkpoints moved from their base, and what no training moves like.
+
+A fine-tuned group has left the base in every tensor that training changes, by no more than its optimizer can step,
+about as far as the other groups, tensor by tensor, and not at right angles to all of them. An untrained copy, a tensor
+that was scaled, permuted or replaced, and noise each break one of these. One pass over the weights, a slice at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from merit_hf.checkpoint import TensorInfo, read_tensor_index
+from merit_hf.checks import Check
+
+_SLICE = 1 << 22
+# Spacing of the stored dtype relative to a value: what rounding alone may add to a move.
+_EPSILON = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
+# Groups of one plan differ in data, not in kind: their moves agree in order of magnitude.
+_FACTOR = 10.0
+# Shares of single tensors agree more closely: within 0.6 and 1.3 over the quickstart's groups of SmolLM2-135M.
+_TENSOR_FACTOR = 3.0
+# A random direction has |cosine| below 5/√n with probability 1 − 6e-7.
+_DIRECTION = 5.0
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Δ = θ_k − θ0 of K checkpoints over T floating tensors.
+
+    Attributes:
+        names: of the tensors. sizes: int64 [T], elements.
+        squares: float64 [K, T], ‖Δ‖². largest: float64 [K, T], max |Δ|.
+        scale: float64 [T], max |θ0|. gram: float64 [K, K], inner products of the Δ.
+        finite: bool [K]. dtypes: [K][T].
+    """
+
+    names: list[str]
+    sizes: np.ndarray
+    squares: np.ndarray
+    largest: np.ndarray
+    scale: np.ndarray
+    gram: np.ndarray
+    finite: np.ndarray
+    dtypes: list[list[str]]
+
+
+def measure_movement(base: Path, folders: Sequence[Path], file: str | None = None) -> Movement:
+    """Read base and checkpoints once. Tensors that the base lacks (an adapter's) count from zero.
+
+    Args:
+        file: read just this file of every checkpoint, such as an adapter's.
+    """
+    origin = read_tensor_index(base)
+    indices = [read_tensor_index(folder, file) for folder in folders]
+    names = [name for name, info in indices[0].items() if info.dtype in _EPSILON]
+    num_groups, num_tensors = len(folders), len(names)
+    squares, largest = np.zeros((num_groups, num_tensors)), np.zeros((num_groups, num_tensors))
+    scale, gram, finite = np.zeros(num_tensors), np.zeros((num_groups, num_groups)), np.ones(num_groups, dtype=bool)
+    with contextlib.ExitStack() as stack:
+        readers = [_Reader(stack, folder, index) for folder, index in zip(folders, indices, strict=True)]
+        start = _Reader(stack, base, origin)
+        for column, name in enumerate(names):
+            for rows in _slices(indices[0][name].shape):
+                at = start.read(name, rows) if name in origin else None
+                moves = torch.stack([reader.read(name, rows) - (0 if at is None else at) for reader in readers])
+                finite &= torch.isfinite(moves).all(dim=1).numpy()
+                moves = torch.nan_to_num(moves, nan=0.0, posinf=0.0, neginf=0.0)
+                product = (moves @ moves.T).numpy()
+                gram += product
+                squares[:, column] += np.diag(product)
+                largest[:, column] = np.maximum(largest[:, column], moves.abs().amax(dim=1).numpy())
+                if at is not None:
+                    scale[column] = max(scale[column], float(at.abs().max()))
+    sizes = np.array([indices[0][name].num_elements for name in names], dtype=np.int64)
+    dtypes = [[index[name].dtype for name in names] for index in indices]
+    return Movement(names, sizes, squares, largest, scale, gram, finite, dtypes)
+
+
+def movement_checks(movement: Movement, k: int, sft: Mapping[str, Any], steps: Sequence[int]) -> list[Check]:
+    """The checks of checkpoint `k` against its optimizer and the other checkpoints.
+
+    Args:
+        sft: identity fields of its training. steps: optimizer steps of each of the K trainings.
+    """
+    if not movement.finite[k]:
+        return [Check("finite weights", "all finite", "NaN or infinite values", False)]
+    checks = [Check("finite weights", "all finite", "all finite", True), _moved(movement, k)]
+    others = [j for j in range(len(steps)) if j != k and movement.finite[j] and movement.squares[j].sum() > 0]
+    if not checks[-1].ok:
+        return checks
+    bound = step_bound(sft, steps[k])
+    if bound is not None:
+        checks.append(_largest_step(movement, k, bound))
+    if others:
+        checks += [
+            _displacement(movement, k, others, steps),
+            _shape(movement, k, others),
+            _turned(movement, k, others),
+        ]
+    return checks
+
+
+def step_bound(sft: Mapping[str, Any], num_steps: int) -> tuple[float, float] | None:
+    """(a, b): no weight w moves further than a + b·max|w| in `num_steps` of AdamW; None for other optimizers.
+
+    A step is at most η·max(1, (1−β1)/√(1−β2)) (Kingma and Ba 2015, §2.1); decoupled decay adds η·λ·|w|, and |w|
+    itself grows by no more than a.
+    """
+    if not str(sft["optim"]).startswith("adamw_torch") or num_steps <= 0:
+        return None
+    rate = float(sft["learning_rate"])
+    widest = max(1.0, (1 - sft["adam_beta1"]) / math.sqrt(1 - sft["adam_beta2"]))
+    far = num_steps * rate * widest
+    decay = num_steps * rate * float(sft["weight_decay"])
+    return far * (1 + decay), decay
+
+
+def _moved(movement: Movement, k: int) -> Check:
+    still = movement.squares[k] == 0
+    share = float(movement.sizes[~still].sum() / movement.sizes.sum())
+    wanted = "most parameters lie in tensors that left the base"
+    found = f"{100 * share:.0f} % do, displacement {math.sqrt(movement.squares[k].sum()):.4g}"
+    return Check("trained", wanted, found, share > 0.5)
+
+
+def _largest_step(movement: Movement, k: int, bound: tuple[float, float]) -> Check:
+    rounding = np.array([_EPSILON[dtype] for dtype in movement.dtypes[k]])
+    limit = 1.01 * (bound[0] + (bound[1] + rounding) * movement.scale)
+    excess = movement.largest[k] / limit
+    worst = int(excess.argmax())
+    return Check(
+        "largest move",
+        "no weight further than its optimizer can step",
+        f"{movement.names[worst]}: {movement.largest[k, worst]:.3g} of at most {limit[worst]:.3g}",
+        bool(excess[worst] <= 1),
+    )
+
+
+def _displacement(movement: Movement, k: int, others: Sequence[int], steps: Sequence[int]) -> Check:
+    norms = np.sqrt(movement.squares.sum(axis=1))
+    typical = float(np.median(norms[others]))
+    # A training of more steps may have gone further, at most in proportion.
+    apart = max([steps[k] / steps[j] for j in others] + [steps[j] / steps[k] for j in others] + [1.0])
+    ratio, factor = float(norms[k]) / typical, _FACTOR * apart
+    wanted = f"between {1 / factor:.3g} and {factor:.3g} times the other groups' {typical:.4g}"
+    return Check("displacement", wanted, f"{norms[k]:.4g}", 1 / factor <= ratio <= factor)
+
+
+def _shape(movement: Movement, k: int, others: Sequence[int]) -> Check:
+    """Tensor by tensor, as a share of the whole move: one that was exchanged stands out, one that was left, too."""
+    norms = np.sqrt(movement.squares.sum(axis=1))
+    share = np.sqrt(movement.squares[k]) / norms[k]
+    typical = np.median([np.sqrt(movement.squares[j]) / norms[j] for j in others], axis=0)
+    floor = 1e-3 * np.sqrt(movement.sizes / movement.sizes.sum())
+    ratio = np.maximum(share, floor) / np.maximum(typical, floor)
+    worst = int(np.abs(np.log(ratio)).argmax())
+    return Check(
+        "displacement by tensor",
+        f"within a factor {_TENSOR_FACTOR:g} of the other groups' shares",
+        f"{movement.names[worst]}: {share[worst]:.3g} of the move, others {typical[worst]:.3g}",
+        bool(1 / _TENSOR_FACTOR <= ratio[worst] <= _TENSOR_FACTOR),
+    )
+
+
+def _turned(movement: Movement, k: int, others: Sequence[int]) -> Check:
+    norms = np.sqrt(movement.squares.sum(axis=1))
+    cosines = [movement.gram[k, j] / (norms[k] * norms[j]) for j in others]
+    highest = max(cosines, key=abs)
+    least = _DIRECTION / math.sqrt(movement.sizes.sum())
+    wanted = f"|cosine| with some other group above {least:.2g}, which noise does not reach"
+    return Check("direction", wanted, f"{highest:.3g}", abs(highest) > least)
+
+
+class _Reader:
+    """Slices of the floating tensors of one checkpoint, in float64, flat."""
+
+    def __init__(self, stack: contextlib.ExitStack, folder: Path, index: Mapping[str, TensorInfo]) -> None:
+        self._index = index
+        self._files = {
+            file: stack.enter_context(safe_open(str(folder / file), framework="pt"))
+            for file in {info.file for info in index.values()}
+        }
+
+    def read(self, name: str, rows: slice | None) -> torch.Tensor:
+        file = self._files[self._index[name].file]
+        tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        return tensor.double().flatten()
+
+
+def _slices(shape: Sequence[int]) -> Iterator[slice | None]:
+    """Along the first dimension, so that no more than `_SLICE` elements are read at once where that is possible."""
+    if math.prod(shape) <= _SLICE or len(shape) < 2:
+        yield None
+        return
+    step = max(1, _SLICE // math.prod(shape[1:]))
+    for first in range(0, shape[0], step):
+        yield slice(first, min(first + step, shape[0]))

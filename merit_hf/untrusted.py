@@ -1,0 +1,77 @@
+"""What of a plan from the Hub is taken: nothing in it may name a file of this machine, or switch on foreign code.
+
+A plan's author decides what is trained (the identity fields). Where and how it runs here is for who runs it: of the
+author's placement only sizes and precisions are kept, so no plan reports to its author's account, pushes to a repo, or
+reads a config file here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from merit_hf.config import MeritError
+from merit_hf.registry import is_commit, is_repo_id
+from merit_hf.text import one_line
+
+# Fields of SFTConfig that are placement and only say how much fits, or how often something is shown or saved.
+SAFE_PLACEMENT = (
+    "activation_offloading", "bf16", "dataloader_num_workers", "dataset_num_proc", "fp16",
+    "gradient_accumulation_steps", "gradient_checkpointing", "logging_steps", "model_init_kwargs",
+    "per_device_eval_batch_size", "per_device_train_batch_size", "save_steps", "save_strategy", "tf32",
+    "use_liger_kernel",
+)  # fmt: skip
+# A name that ends so would be read as a file.
+_FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_SAFE_MODEL_KWARGS = ("attn_implementation", "dtype", "torch_dtype")
+
+
+def vet_plan(content: Mapping[str, Any], identity_fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """plan.json of a stranger without what is not theirs to decide.
+
+    Args:
+        content: plan.json as read.
+        identity_fields: `sft` of the plan, which is kept as it is.
+
+    Raises:
+        MeritError: base or a dataset is neither absent nor a repo pinned to a commit.
+    """
+    config, base = content["config"], content["base"]
+    _check_repo(base.get("repo_id"), base.get("revision"), f"{where}: base")
+    entries = []
+    for entry in config["datasets"]:
+        name = one_line(entry.get("name"), 60)
+        for key in ("path", "eval_path"):
+            if entry.get(key) is not None and (
+                not is_repo_id(entry[key]) or entry[key].lower().endswith(_FILE_SUFFIXES)
+            ):
+                raise MeritError(
+                    f"{where}: dataset `{name}` has the {key} {one_line(repr(entry[key]), 80)}, which is no Hub id. A "
+                    "plan from elsewhere may not name files of this machine."
+                )
+        entries.append(dict(entry))
+    sft = {key: value for key, value in config["sft"].items() if key in identity_fields or key in SAFE_PLACEMENT}
+    if isinstance(sft.get("model_init_kwargs"), dict):
+        sft["model_init_kwargs"] = {
+            key: value
+            for key, value in sft["model_init_kwargs"].items()
+            if key in _SAFE_MODEL_KWARGS and isinstance(value, str)
+        }
+    else:
+        sft.pop("model_init_kwargs", None)
+    return {**content, "config": {**config, "datasets": entries, "sft": sft}}
+
+
+def check_pinned(repo_id: str | None, revision: str | None, name: str, where: str) -> None:
+    """Raises MeritError where a planned dataset is on the Hub but not at a commit."""
+    _check_repo(repo_id, revision, f"{where}: dataset `{one_line(name, 60)}`")
+
+
+def _check_repo(repo_id: object, revision: object, what: str) -> None:
+    if repo_id is None and revision is None:
+        return
+    if not is_repo_id(repo_id) or not is_commit(revision):
+        raise MeritError(
+            f"{what} is {one_line(repr(repo_id), 80)} at {one_line(repr(revision), 60)}, expected a repo at a "
+            "commit sha. Plan again with merit_hf, and push that."
+        )

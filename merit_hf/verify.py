@@ -1,0 +1,137 @@
+"""Is this the checkpoint of that group of this plan? Cheap checks first; each level once the one before has passed.
+
+    manifest     revision, manifest, files, tensor names and shapes: from listings and headers, no weights
+    weights      checksums, finite values, config, tokenizer, and how the weights moved, against the other groups too
+    behaviour    loss on the group's own datasets: it must beat the base
+
+What no check can show stays a matter of trust: that the stated tokens were really trained on, and that nothing was
+hidden in weights that behave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from merit_hf.checks import Check, failed, manifest_checks
+from merit_hf.config import ConfigError
+from merit_hf.manifest import hash_files, read_manifest
+from merit_hf.plan import PartitionPlan
+from merit_hf.progress import Progress
+from merit_hf.sources import ADAPTER_NAME, Source, open_source
+
+LEVELS = ("manifest", "weights", "behaviour")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A verification: its checks, the group it is about, and the checkpoint's folder where weights were looked at."""
+
+    source: Source
+    checks: list[Check]
+    group: int | None
+    folder: Path | None
+
+    @property
+    def ok(self) -> bool:
+        return failed(self.checks) is None
+
+
+def verify_checkpoint(
+    plan: PartitionPlan,
+    checkpoint: str | Path,
+    level: str = "weights",
+    others: Sequence[str | Path] = (),
+    progress: Progress | None = None,
+) -> list[Check]:
+    """Hold a group checkpoint against the plan.
+
+    Args:
+        plan ([`PartitionPlan`]): the plan.
+        checkpoint (`str` or `Path`): a folder, or a Hub id `org/name[@revision]`.
+        level (`str`, *optional*, defaults to `"weights"`): `manifest`, `weights` or `behaviour`; each includes those
+            before it. Of a repo, weights are downloaded only once its manifest has passed.
+        others (`Sequence`, *optional*): checkpoints of other groups, to compare movements with.
+        progress ([`Progress`], *optional*): where to show it.
+
+    Raises:
+        ConfigError: a folder without manifest, or no such repo. MeritError: it cannot be read, or the Hub failed.
+    """
+    return verify_checkpoints(plan, [open_source(checkpoint), *map(open_source, others)], level, progress, 1)[0].checks
+
+
+def verify_checkpoints(
+    plan: PartitionPlan,
+    sources: Sequence[Source],
+    level: str = "weights",
+    progress: Progress | None = None,
+    num_asked: int | None = None,
+) -> list[Verified]:
+    """[`verify_checkpoint`] for several at once: their weights are read once, and compared with each other.
+
+    Args:
+        num_asked: only the first so many are looked at beyond their weights. Default: all.
+    """
+    if level not in LEVELS:
+        raise ConfigError(f"level {level!r}: expected one of {', '.join(LEVELS)}.")
+    results = [Verified(source, *manifest_checks(plan, source), folder=None) for source in sources]
+    if level == "manifest":
+        return results
+    results = [_fetched(result) for result in results]
+    results = _with_weights(plan, results)
+    if level == "weights":
+        return results
+    count = len(results) if num_asked is None else num_asked
+    return [
+        _with_behaviour(plan, result, progress) if index < count else result for index, result in enumerate(results)
+    ]
+
+
+def _fetched(result: Verified) -> Verified:
+    """With the files here, and their checksums against the manifest."""
+    if not result.ok:
+        return result
+    folder = result.source.fetch()
+    recorded, found = read_manifest(folder)["files"], hash_files(folder)
+    wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+    check = Check(
+        "checksums",
+        f"{len(recorded)} as hashed in the manifest",
+        f"{', '.join(wrong[:3])} has changed" if wrong else "the same",
+        not wrong,
+    )
+    return Verified(result.source, [*result.checks, check], result.group, folder)
+
+
+def _with_weights(plan: PartitionPlan, results: Sequence[Verified]) -> list[Verified]:
+    from merit_hf.behaviour import side_checks
+    from merit_hf.movement import measure_movement, movement_checks
+
+    sound = [result for result in results if result.ok and result.folder is not None and result.group is not None]
+    if not sound:
+        return list(results)
+    base = plan.base_folder()
+    folders = [result.folder for result in sound if result.folder is not None]
+    file = ADAPTER_NAME if (folders[0] / ADAPTER_NAME).exists() else None
+    movement = measure_movement(base, folders, file)
+    numbers = [result.group for result in sound if result.group is not None]
+    steps = [plan.group(number).num_steps for number in numbers]
+    added: Mapping[int, list[Check]] = {
+        id(result): side_checks(plan, folders[k], base)
+        + movement_checks(movement, k, plan.group_sft(numbers[k]), steps)
+        for k, result in enumerate(sound)
+    }
+    return [
+        Verified(result.source, [*result.checks, *added.get(id(result), [])], result.group, result.folder)
+        for result in results
+    ]
+
+
+def _with_behaviour(plan: PartitionPlan, result: Verified, progress: Progress | None) -> Verified:
+    from merit_hf.behaviour import loss_check
+
+    if not result.ok or result.folder is None or result.group is None:
+        return result
+    check = loss_check(plan, result.group, result.folder, progress=progress)
+    return Verified(result.source, [*result.checks, check], result.group, result.folder)
