@@ -40,6 +40,8 @@ _SPLITS = {
     "joint": "all in one group, as a baseline",
 }
 _TABLES = ("datasets", "conflict", "groups")
+# The picture of an evaluation, in the folder of the merged model.
+EVALUATION_FIGURE = "figures/held_out_loss.png"
 _MAX_PAIRS = 5
 _MAX_NOTE = 2000
 
@@ -110,10 +112,12 @@ def merged_model_card(
     evaluation: Mapping[str, Any] | None = None,
     licence: str | None = None,
     model_name: str | None = None,
+    picture: str | None = None,
 ) -> str:
     """README.md of a merged model, with the evaluation table where there is one.
 
     `model_name` is the name under which it is published: with it, metadata holds the evaluation as a `model-index`.
+    `picture` is the evaluation's figure, as a path in the model's folder.
     """
     parents = [group["repo_id"] for group in manifest["groups"] if group.get("repo_id")]
     if len(parents) < len(manifest["groups"]):
@@ -157,12 +161,13 @@ def merged_model_card(
         how=_SPLITS[plan.config["plan"]["split"]],
         verified=_verified(manifest["groups"]),
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
-        command=Markdown(_merge_command(plan, manifest)),
+        command=Markdown(merge_command(plan, manifest)),
         in_repos=all(group.get("repo_id") for group in manifest["groups"]),
         evaluation=evaluation_table(evaluation) if evaluation else None,
         answers=answer_table(evaluation) if evaluation and evaluation.get("mean_score") else None,
         harness=harness_table(evaluation) if evaluation and evaluation.get("harness") else None,
         notes=[escape_markdown(note, _MAX_NOTE) for note in evaluation.get("notes", [])] if evaluation else [],
+        picture=Markdown(f"![held-out loss of every dataset]({picture})") if picture else None,
         mergekit_config=fenced(_public_recipe(mergekit_config, manifest), "yaml"),
         versions=_settings(manifest["versions"]),
         plan_id=Markdown(plan.repo_id or "PLAN"),
@@ -211,7 +216,12 @@ def validate_card(text: str) -> None:
         raise MeritError(f"the card would show a path of this machine: {paths[0]}")
 
 
-def _merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
+def how_split(plan: PartitionPlan) -> str:
+    """What `plan.split` did with the datasets, as the end of a sentence."""
+    return _SPLITS[plan.config["plan"]["split"]]
+
+
+def merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
     """The `merit merge` call that makes this model again."""
     groups = manifest["groups"]
     in_repos = all(group.get("repo_id") for group in groups)

@@ -283,6 +283,32 @@ def diagnose(
 
 
 @app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What merit run made, a folder with a plan in plan/, or a plan.")
+    ],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="The page to write. Default: DIR/report.html.")
+    ] = None,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="Also write its figures as PNG, into DIR/figures.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """One HTML page of a run: what was planned, trained and merged, and how it went.
+
+    It needs no network, and shows whatever is there: a plan alone, or all of a run.
+    """
+    with exit_on_error(debug):
+        from merit_hf.report import save_run_figures, write_report
+
+        page = write_report(folder, output)
+        if figures:
+            say(*(f"Figure: {path}" for path in save_run_figures(folder)))
+        say(f"The report is in {page}. Open it in a browser; it is one file and loads nothing.")
+
+
+@app.command()
 def run(
     config: ConfigArgument,
     output: Output,
@@ -294,7 +320,7 @@ def run(
     accelerate_config: AccelerateConfig = None,
     debug: Debug = False,
 ) -> None:
-    """All of it: plan, train every group, merge, evaluate."""
+    """All of it: plan, train every group, merge, evaluate, report."""
     with exit_on_error(debug):
         quiet()
         from merit_hf.config import MeritConfig

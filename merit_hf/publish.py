@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from merit_hf import tables
-from merit_hf.cards import keep_metadata, merged_model_card, plan_dataset_card, validate_card
+from merit_hf.cards import EVALUATION_FIGURE, keep_metadata, merged_model_card, plan_dataset_card, validate_card
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import list_files, model_licence, pin_revision, read_file
 from merit_hf.hub_write import (
@@ -153,13 +153,15 @@ def push_merged(
         True,
     ):
         raise ConfigError("the evaluation is of other models or of another plan. Run `merit evaluate` on this one.")
-    card = merged_model_card(plan, manifest, recipe, evaluation, licence, repo_id.partition("/")[2])
+    picture = EVALUATION_FIGURE if evaluation is not None and (folder / EVALUATION_FIGURE).is_file() else None
+    card = merged_model_card(plan, manifest, recipe, evaluation, licence, repo_id.partition("/")[2], picture)
     _check_model_card(card)
     replace = {
         CARD_NAME: card.encode(),
         MERGEKIT_CONFIG_NAME: recipe.encode(),
         MANIFEST_NAME: (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(),
         **(_eval_result_files(plan, evaluation) if evaluation else {}),
+        **({picture: (folder / picture).read_bytes()} if picture else {}),
     }
     files = {name: folder / name for name in manifest["files"]} | replace
     pushed = push_files(files, repo_id, "model", private, "Upload merged model", prune=True, create_pr=create_pr)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from merit_hf.evaluate import EVALUATION_NAME, evaluation_table
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.pipeline import RunResult
 from merit_hf.plan import PartitionPlan
+from merit_hf.words import cosine_sentence, verdict_sentence
 
 # Beyond this share of the distance from the base, the rounding of the output is worth a word.
 MUCH_CAST_LOSS = 0.1
@@ -50,36 +50,6 @@ def plan_summary(plan: PartitionPlan) -> list[Any]:
     return lines
 
 
-def cosine_sentence(plan: PartitionPlan) -> str:
-    """The range of the cosines, and the mean inside groups against all pairs."""
-    matrix = plan.conflict_matrix
-    assert matrix is not None
-    upper = np.triu_indices(len(matrix), 1)
-    groups = np.array([dataset.group for dataset in plan.datasets])
-    inside = (groups[:, None] == groups[None, :])[upper]
-    cosines = matrix[upper]
-    within = f"{cosines[inside].mean():.2f}" if inside.any() else "none"
-    return (
-        f"Cosines between datasets: lowest {cosines.min():.2f}, median {np.median(cosines):.2f}, highest "
-        f"{cosines.max():.2f}; mean inside groups {within}, over all pairs {cosines.mean():.2f}."
-    )
-
-
-def verdict_sentence(plan: PartitionPlan) -> str:
-    """In words: is there structure, and do the axes stand."""
-    bounds = plan.bounds
-    p_value, angles = bounds.get("structure_p_value"), bounds.get("sin_angle")
-    if bounds.get("verdict") == "noise":
-        first = f"The cosines show no more structure than their own shuffles (p = {p_value:.2f}): this may be noise."
-    elif bounds.get("verdict") == "structure":
-        first = f"The cosines have structure that shuffles of them do not reach (p = {p_value:.3f})."
-    else:
-        first = "Fewer than four datasets: too few to tell structure from noise."
-    if angles is None:
-        return first + " A stride read-out has no bound on its axes."
-    return first + f" The read-out's error turns axis 1 by at most sin(angle) = {angles[0]:.2f}."
-
-
 def merge_summary(stats: Mapping[str, Any]) -> str:
     """How far the merged model moved, what the final cast loses, and the cure where that is much.
 
@@ -113,6 +83,7 @@ def run_summary(result: RunResult, output: Path) -> list[Any]:
     if result.joint is not None:
         lines.append(f"Joint:      {result.joint}")
     lines.append(f"Merged:     {result.merged}  (card: {result.merged / 'README.md'})")
+    lines.append(f"Report:     {result.report}")
     lines += [f"Pushed:     {what} → {url}" for what, url in result.pushed.items()]
     names = " ".join(str(group) for group in result.groups)
     lines.append(f"Next: merit verify {output / 'plan'} {names}")

@@ -281,7 +281,7 @@ def test_debug_shows_the_traceback(road: Path, tmp_path: Path) -> None:
         assert result.stderr.splitlines()[-1].startswith("merit: error: ")
 
 
-@pytest.mark.parametrize("command", ["plan", "train", "merge", "verify", "evaluate", "run"])
+@pytest.mark.parametrize("command", ["plan", "train", "merge", "verify", "evaluate", "report", "run"])
 def test_help(command: str) -> None:
     output = succeed(command, "--help")
     assert "--debug" in output
@@ -302,7 +302,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_goes_the_whole_road(run_folder: Path) -> None:
     output = run_folder / "runs/tiny"
     names = {path.name for path in output.iterdir()}
-    assert {"plan", "groups", "merged", "joint", "evaluation.json"} <= names
+    assert {"plan", "groups", "merged", "joint", "evaluation.json", "report.html"} <= names
     assert not list(output.rglob("*.part"))
     evaluation = json.loads((output / "evaluation.json").read_text())
     assert evaluation["models"] == ["base", "joint", "group-0", "group-1", "merged"]
@@ -314,6 +314,12 @@ def test_run_goes_the_whole_road(run_folder: Path) -> None:
     assert sum(group.train_input_tokens for group in plan.groups) == joint.groups[0].train_input_tokens
     card = (output / "merged" / "README.md").read_text()
     assert f"{evaluation['mean']['merged']:.3f}" in card
+    assert "(figures/held_out_loss.png)" in card
+    assert (output / "merged" / "figures" / "held_out_loss.png").read_bytes().startswith(b"\x89PNG")
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "2 of 2 groups are trained" in page
+    assert f"mean held-out loss {evaluation['mean']['merged']:.3f} against" in page
+    assert str(run_folder) not in page
     following = re.search(r"Next: merit (verify .+)", table)
     assert following is not None
     succeed(*following.group(1).split())
