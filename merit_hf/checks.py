@@ -227,7 +227,7 @@ def tensor_check(source: Source, expected: Mapping[str, TensorInfo]) -> Check:
     try:
         found = source.tensors()
     except MeritError as error:
-        return Check("tensors", stated, shorten(str(error)), False)
+        return Check("tensors", stated, shorten(str(error).replace(f"{source.name}/", "")), False)
     wrong = [f"{name} is missing" for name in sorted(set(expected) - set(found))]
     wrong += [f"{name} is not in the base" for name in sorted(set(found) - set(expected))]
     for name in sorted(set(expected) & set(found)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def merge_groups(
     folder = plan.base_folder() if base is None else _locate(base, "base")
     with atomic_folder(Path(output)) as part:
         _verify_base(plan, folder)
-        folders = verified_folders(plan, [chosen[number] for number in numbers])
+        here = replace(plan, local={**plan.local, "base": str(folder)})
+        folders = verified_folders(here, [chosen[number] for number in numbers])
         stats: MergeStats
         if adapters == "dense":
             stats = merge_into(

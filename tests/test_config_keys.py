@@ -301,7 +301,7 @@ def test_keys_of_things_on_the_hub(hub: HubServer) -> None:
     assert pinned == ['{"v": 1}', "org/base", shas[0]]
 
 
-PUSH_KEYS = ("hub.push", "hub.namespace", "hub.private")
+PUSH_KEYS = ("hub.push", "hub.namespace", "hub.private", "hub.license")
 RUN_AND_PUSH = """
 import json, sys
 from pathlib import Path
@@ -332,10 +332,19 @@ def test_keys_of_pushing(hub: HubServer, mixture: Path, tmp_path: Path) -> None:
     expected: dict[str, bool] = {}
     for overrides, new in (
         ([], {}),
-        (["hub.push=true"], {f"alice/{name}": True for name in names}),
-        (["hub.push=true", "hub.namespace=org", "hub.private=false"], {f"org/{name}": False for name in names}),
+        (["hub.push=true"], None),
+        (["hub.push=true", "hub.license=mit"], {f"alice/{name}": True for name in names}),
+        (
+            ["hub.push=true", "hub.license=mit", "hub.namespace=org", "hub.private=false"],
+            {f"org/{name}": False for name in names},
+        ),
     ):
         done = hub.run(RUN_AND_PUSH, str(small), json.dumps([overrides]))
+        if new is None:
+            # Base and data state no licence, so what the merged model's is has to be said.
+            assert "hub.license" in done.stderr
+            assert repos() == expected
+            continue
         assert done.returncode == 0, done.stderr
         expected |= new
         assert repos() == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import make_base
+from tiny import TEMPLATE, make_base
 
 from merit_hf.checkpoint import weights_sha256
 from merit_hf.config import ConfigError, MeritError
@@ -27,9 +28,9 @@ LOSS_TOKENS = [100, 200, 500]
 def make_plan(base: Path) -> PartitionPlan:
     identity = {
         "repo_id": "some-org/base", "revision": "0" * 40, "weights_sha256": weights_sha256(base),
-        "chat_template_sha256": "c" * 64, "dtype": "bfloat16",
+        "chat_template_sha256": hashlib.sha256(TEMPLATE.encode()).hexdigest(), "dtype": "bfloat16",
     }  # fmt: skip
-    sft = {"learning_rate": 1e-3, "max_steps": -1, "max_length": 64, "effective_batch_size": 4}
+    sft = {"optim": "sgd", "learning_rate": 1e-3, "max_steps": -1, "max_length": 64, "effective_batch_size": 4}
     datasets = [
         PlannedDataset(f"set{k}", k, None, "chat", f"{k}" * 64, f"{k}" * 64, 10, TOKENS[k], LOSS_TOKENS[k])
         for k in range(3)
@@ -203,7 +204,7 @@ def test_checkpoint_that_does_not_verify_is_refused(trained: tuple, tmp_path: Pa
     plan, folders = trained
     changed = Path(shutil.copytree(folders[1], tmp_path / "changed"))
     (changed / "config.json").write_text((changed / "config.json").read_text() + "\n")
-    message = re.escape(f"{changed}: does not verify: files is config.json has changed")
+    message = re.escape(f"{changed}: does not verify: checksums is config.json has changed")
     with pytest.raises(MeritError, match=message):
         merge_groups(plan, [folders[0], changed, folders[2]], tmp_path / "out")
     merge_groups(plan, [folders[0], changed, folders[2]], tmp_path / "out", exclude=[1])
