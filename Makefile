@@ -24,7 +24,7 @@ $(VENV)/demo.done: $(VENV)/base.done recipes/quickstart/requirements.txt recipes
 	touch $@
 
 $(VENV)/dev.done: $(VENV)/base.done
-	$(PIP) --editable ".[dev,mergekit]"
+	$(PIP) --editable ".[dev,eval,mergekit]"
 	touch $@
 
 demo: $(VENV)/demo.done
