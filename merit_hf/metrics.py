@@ -46,9 +46,10 @@ def load_scorer(name: str, where: str) -> Scorer | None:
             return _rouge(name)
         return _reasoning_gym(name.removeprefix(REASONING_GYM), where)
     except ImportError as error:
+        extra = "reasoning-gym" if name.startswith(REASONING_GYM) else "eval"
         raise ConfigError(
-            f"{where}={name!r} needs a library that cannot be imported ({error}). pip install 'merit_hf[eval]', name "
-            "another metric, or measure losses only (--no-generate)."
+            f"{where}={name!r} needs a library that cannot be imported ({error}). pip install 'merit_hf[{extra}]', "
+            "name another metric, or measure losses only (--no-generate)."
         ) from error
 
 

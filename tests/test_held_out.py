@@ -97,6 +97,7 @@ def test_a_prompt_that_fills_the_context_is_not_asked(tokenizer: PreTrainedToken
 
 def test_the_scorer_must_know_the_references(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """This scorer swallows the missing metadata; the score would only look low."""
+    pytest.importorskip("reasoning_gym", exc_type=ImportError)
     answer = {"prompt": "Simplify 2/4", "completion": "1/2"}
     numbers = {"numerator": 2, "denominator": 4, "simplified_numerator": 1, "simplified_denominator": 2}
     write_jsonl(tmp_path / "bare.jsonl", [answer] * 3)
