@@ -58,7 +58,7 @@ def public_text(value: Any, max_length: int = MAX_LENGTH) -> str:
     return one_line(hide_local_paths(one_line(value, max_length=10 * MAX_LENGTH)), max_length)
 
 
-def escape_markdown(value: Any) -> Markdown:
+def escape_markdown(value: Any, max_length: int = MAX_LENGTH) -> Markdown:
     """`value` as inert Markdown for a table cell or the middle of a line; `None` is empty, [`Markdown`] stays.
 
     Punctuation becomes character references, which are never read as structure, not even in a table.
@@ -67,7 +67,7 @@ def escape_markdown(value: Any) -> Markdown:
         return Markdown()
     if isinstance(value, Markdown):
         return value
-    text = _LONE_UNDERSCORE.sub("\ufffe", public_text(value)).translate(_MARKUP).replace("\ufffe", "&#95;")
+    text = _LONE_UNDERSCORE.sub("\ufffe", public_text(value, max_length)).translate(_MARKUP).replace("\ufffe", "&#95;")
     return Markdown(_AUTOLINK.sub("<!-- -->", text))
 
 
