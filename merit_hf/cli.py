@@ -257,7 +257,7 @@ def diagnose(
     joint: Annotated[Optional[str], typer.Option(help="A model trained on everything, to compare with.")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="At most so many rows a dataset.")] = 64,
     epsilon: Annotated[
-        Optional[list[float]], typer.Option(help="Step of the curvature, may be given again: 0.25, 0.5, 1.")
+        Optional[list[float]], typer.Option(help="Step of the curvature; may be repeated. Default: 0.25, 0.5 and 1.")
     ] = None,
     path_points: Annotated[int, typer.Option(min=1, help="Points inside every path between two models.")] = 1,
     forward_only: Annotated[

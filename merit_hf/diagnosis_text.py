@@ -12,6 +12,7 @@ from merit_hf.text import escape_markdown
 
 _MARKS = {"problem": "PROBLEM", "caution": "CAUTION", "healthy": "HEALTHY"}
 _NUM_LAYERS = 3
+_MAX_TEXT = 10_000  # characters: a verdict on many groups is long
 
 
 def diagnosis_lines(content: Mapping[str, Any]) -> list[Any]:
@@ -32,13 +33,13 @@ def diagnosis_readme(content: Mapping[str, Any]) -> str:
     verdict = content["verdict"]
     parts = [
         f"# Diagnosis: {verdict['status']}",
-        escape_markdown(verdict["summary"]),
-        f"**Remedy.** {escape_markdown(verdict['remedy'])}",
-        "\n".join(f"- {finding['severity']}: {escape_markdown(finding['text'])}" for finding in verdict["findings"]),
+        escape_markdown(verdict["summary"], _MAX_TEXT),
+        f"**Remedy.** {escape_markdown(verdict['remedy'], _MAX_TEXT)}",
+        "\n".join(f"- {item['severity']}: {escape_markdown(item['text'], _MAX_TEXT)}" for item in verdict["findings"]),
         _markdown(*_dataset_table(content)),
     ]
     if content["kind"] == "groups":
-        parts += [_markdown(*_group_table(content)), escape_markdown(_where(content))]
+        parts += [_markdown(*_group_table(content)), escape_markdown(_where(content), _MAX_TEXT)]
     cost = content["cost"]
     parts.append(
         f"{cost['num_points']} points in weight space, {cost['num_rows']} held-out rows "

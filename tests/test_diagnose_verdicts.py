@@ -172,3 +172,6 @@ def test_one_group_from_another_training_is_the_one_that_is_named(
     # The remedy is right: without the group the loss is what the other one has.
     assert content["overall"]["loss"]["group-0"] < content["overall"]["loss"]["mean"]
     assert any("Remedy: " in str(line) for line in diagnosis_lines(content))
+    readme = (tmp_path / "d" / "README.md").read_text(encoding="utf-8")
+    assert readme.startswith("# Diagnosis: problem\n")
+    assert "--exclude 1" in readme, "however long the verdict is"
