@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from merit_hf.config import ConfigError, parse_parameters
+from merit_hf.config import ConfigError, parse_value
 from merit_hf.entry import exit_on_error
 
 app = typer.Typer(
@@ -135,7 +135,8 @@ def merge(
             raise ConfigError("--soup takes one --weights. Make a soup of each with a call of its own.")
         from merit_hf.progress import Progress
 
-        chosen, given = [_checkpoint(text) for text in checkpoints], parse_parameters(parameter or [])
+        chosen = [_checkpoint(text) for text in checkpoints]
+        given = {key: parse_value(text) for key, text in _named_values(parameter or [], "--parameter").items()}
         options: dict[str, Any] = {
             "engine": engine or section["engine"], "out_dtype": out_dtype or section["out_dtype"], "device": device,
             "exclude": tuple(exclude or ()), "allow_missing": allow_missing,
@@ -148,15 +149,11 @@ def merge(
 
             made = greedy_soup(loaded, chosen, output, weights=weightings[0], progress=Progress(), **options)
             _print(soup_table(made))
-        with Progress().stage("Merging", unit="tensors") as stage:
-            if len(weightings) > 1:
-                from merit_hf.sweep import merge_sweep
+        else:
+            from merit_hf.sweep import merge_sweep
 
+            with Progress().stage("Merging", unit="tensors") as stage:
                 merge_sweep(loaded, chosen, output, weightings, progress=stage.update, **options)
-            elif not soup:
-                from merit_hf.group_merge import merge_groups
-
-                merge_groups(loaded, chosen, output, weights=weightings[0], progress=stage.update, **options)
         _report_merge(output, plan, len(weightings) > 1, soup)
 
 
@@ -251,6 +248,16 @@ def run(
         result = run_all(checked, output, joint, num_processes, accelerate_config)
         _print(*plan_summary(result.plan))
         _print(*run_summary(result, output))
+
+
+def _named_values(texts: list[str], option: str) -> dict[str, str]:
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise ConfigError(f"{option} {text}: expected NAME=VALUE.")
+        values[name] = value
+    return values
 
 
 def _checkpoint(text: str) -> Path:
