@@ -249,7 +249,8 @@ load average of the last 15 minutes {os.getloadavg()[2]:.1f}. Versions: {version
 Medians of {rounds} rounds, in brackets the lowest and highest. *Floor*: read the K checkpoints, write one with fsync.
 Ours reads the base too, compares all headers, checks every value, measures distances, and flushes its output; mergekit
 does not flush. *Processes*: a Python process from start to exit, imports included, that calls `merge_checkpoints`, or
-what `mergekit-yaml` calls. *Calls*: these alone. Memory is the highest anonymous memory (RssAnon) of the process, sampled every 20 ms; allowed is 2 × the largest tensor × K + 200 MB.
+what `mergekit-yaml` calls. *Calls*: these alone. Memory is the highest anonymous memory (RssAnon) of the process,
+sampled every 20 ms; allowed is 2 × the largest tensor × K + 200 MB.
 
 | checkpoints | page cache | ours / floor (calls) | `mergekit-yaml` / ours (processes) | mergekit / ours (calls) \
 | memory, ours | memory, mergekit |

@@ -22,7 +22,7 @@ from merit_hf.cli_options import (
     quiet,
     say,
 )
-from merit_hf.config import ConfigError, parse_parameters
+from merit_hf.config import ConfigError, parse_value
 from merit_hf.entry import exit_on_error
 
 app = typer.Typer(
@@ -149,7 +149,7 @@ def merge(
             )
         from merit_hf.progress import Progress
 
-        chosen, given = checkpoints or accepted_checkpoints(loaded), parse_parameters(parameter or [])
+        given = {key: parse_value(text) for key, text in named_values(parameter, "--parameter").items()}
         options: dict[str, Any] = {
             "engine": engine or section["engine"], "out_dtype": out_dtype or section["out_dtype"], "device": device,
             "exclude": tuple(exclude or ()), "allow_missing": allow_missing,
@@ -162,17 +162,15 @@ def merge(
 
             made = greedy_soup(loaded, chosen, output, weights=weightings[0], progress=Progress(), **options)
             say(soup_table(made))
-        if form != "dense":
-            options |= {"adapters": form, "svd_rank": svd_rank or (section.get("svd_rank") if form == "svd" else None)}
-        with Progress().stage("Merging", unit="tensors") as stage:
-            if len(weightings) > 1:
-                from merit_hf.sweep import merge_sweep
+        else:
+            from merit_hf.sweep import merge_sweep
 
+            if form != "dense":
+                rank = svd_rank or (section.get("svd_rank") if form == "svd" else None)
+                options |= {"adapters": form, "svd_rank": rank}
+
+            with Progress().stage("Merging", unit="tensors") as stage:
                 merge_sweep(loaded, chosen, output, weightings, progress=stage.update, **options)
-            elif not soup:
-                from merit_hf.group_merge import merge_groups
-
-                merge_groups(loaded, chosen, output, weights=weightings[0], progress=stage.update, **options)
         _report_merge(output, plan, len(weightings) > 1, soup)
 
 

@@ -276,17 +276,6 @@ def parse_value(text: str) -> Any:
     return yaml.load(text, _Loader) if text else None
 
 
-def parse_parameters(texts: typing.Sequence[str]) -> dict[str, Any]:
-    """`["density=0.5"]` → `{"density": 0.5}`."""
-    found = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--parameter `{text}`: expected KEY=VALUE, such as density=0.5.")
-        found[key] = parse_value(value)
-    return found
-
-
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)

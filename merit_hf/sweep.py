@@ -56,6 +56,8 @@ def merge_sweep(
 ) -> dict[str, MergeStats]:
     """A merge a weighting, each a whole model in a folder of `output` with the weighting's name.
 
+    A single weighting is merged into `output` itself.
+
     Args:
         plan, checkpoints, options: as in [`merge_groups`].
         output (`str` or `Path`): new folder, complete once it is there.
@@ -65,6 +67,8 @@ def merge_sweep(
     Raises:
         ConfigError: two weightings would have the same folder, or one of them cannot be used.
     """
+    if len(weights) == 1:
+        return {weights[0]: merge_groups(plan, checkpoints, output, weights=weights[0], **options)}
     names = [text if text in WEIGHTINGS else Path(text).stem for text in weights]
     for name in names:
         if names.count(name) > 1:
@@ -89,7 +93,6 @@ def greedy_soup(
     allow_missing: bool = False,
     num_samples: int = 200,
     progress: Progress | None = None,
-    tensors_done: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Soup:
     """Merge the groups whose addition lowers the held-out loss (the greedy soup of Wortsman et al., 2022).
@@ -102,7 +105,6 @@ def greedy_soup(
         plan, checkpoints, output, weights, exclude, allow_missing, options: as in [`merge_groups`].
         num_samples (`int`, *optional*, defaults to `200`): held-out rows a dataset.
         progress ([`Progress`], *optional*): where to show the evaluations.
-        tensors_done (`Callable`, *optional*): `progress` of [`merge_groups`], for the final merge.
 
     Raises:
         ConfigError: no dataset has held-out rows, or as in [`merge_groups`].
@@ -133,10 +135,11 @@ def greedy_soup(
     steps = choose_greedily({number: losses[f"group-{number}"] for number in folders}, loss_of)
     groups = sorted(step.group for step in steps if step.kept)
     left_out = [number for number in range(plan.num_groups) if number not in groups]
-    stats = merge_groups(
-        plan, checkpoints, output, weights=weights, exclude=left_out, progress=tensors_done,
-        soup=[asdict(step) for step in steps], **options,
-    )  # fmt: skip
+    with progress.stage("Merging", unit="tensors") as stage:
+        stats = merge_groups(
+            plan, checkpoints, output, weights=weights, exclude=left_out, progress=stage.update,
+            soup=[asdict(step) for step in steps], **options,
+        )  # fmt: skip
     return Soup(groups, steps, stats)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_group_merge import LOSS_TOKENS, TOKENS, assert_merged, finish_group, make_plan
+from test_group_merge import LOSS_TOKENS, TOKENS, assert_merged, finish_group
+from test_group_merge import make_plan as make_groups_plan
 from tiny import make_base
 from typer.testing import CliRunner
 
@@ -21,7 +22,7 @@ from merit_hf.cli import app
 from merit_hf.config import ConfigError, MeritConfig
 from merit_hf.evaluate import evaluate_models
 from merit_hf.group_merge import merge_groups
-from merit_hf.manifest import hash_files, read_manifest, write_manifest
+from merit_hf.manifest import hash_files, read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 from merit_hf.sweep import choose_greedily, greedy_soup, merge_sweep
@@ -32,7 +33,7 @@ QUIET = Progress(quiet=True)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PartitionPlan, list[Path]]:
     root = tmp_path_factory.mktemp("trained")
-    plan = make_plan(make_base(root / "base", seed=9))
+    plan = make_groups_plan(make_base(root / "base", seed=9))
     content = {"base": {"model_name_or_path": "base"}, "datasets": [{"name": n, "path": "x"} for n in plan.names]}
     plan.config = MeritConfig.from_dict({**content, "plan": {"num_groups": 3}}).model_dump(mode="json")
     plan.save_pretrained(root / "plan")
@@ -129,30 +130,35 @@ def mean_loss(plan: PartitionPlan, folder: Path) -> float:
     return float(evaluate_models(plan, {"model": folder}, progress=QUIET)["mean"]["model"])
 
 
-def shift(folder: Path, source: Path, output: Path, scale: float) -> Path:
-    """The checkpoint of `folder` with the weights of `source` and `scale` times the same noise."""
-    shutil.copytree(folder, output)
+@pytest.fixture(scope="module")
+def bold_plan(make_plan: Callable[..., PartitionPlan]) -> PartitionPlan:
+    """A plan whose learning rate lets a weight go as far as the groups below do."""
+    return make_plan("sft.learning_rate=0.02")
+
+
+def displaced(plan: PartitionPlan, source: Path, output: Path, group: int, scale: float) -> Path:
+    """Group `group`: the weights of `source` and `scale` times a noise that is the same for every group."""
+    shutil.copytree(source, output)
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: (tensor + scale * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+        name: (tensor + scale * (2 * torch.rand(tensor.shape, generator=generator) - 1)).to(tensor.dtype)
         for name, tensor in load_file(source / "model.safetensors").items()
     }
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
-    write_manifest(output, {**read_manifest(output), "files": hash_files(output)})
-    return output
+    return finish_group(plan, output, group)
 
 
 def test_groups_that_help_each_other_are_both_kept(
-    tiny_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path
+    bold_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path
 ) -> None:
     """What is wrong with one is wrong the other way round with the other: their mean is right."""
-    pair = [shift(tiny_groups[k], tiny_groups[0], tmp_path / f"half-{k}", (-1) ** k * 0.3) for k in range(2)]
-    soup = greedy_soup(tiny_plan, pair, tmp_path / "out", weights="uniform", progress=QUIET)
-    alone = [mean_loss(tiny_plan, folder) for folder in pair]
-    merge_groups(tiny_plan, pair, tmp_path / "both", weights="uniform")
+    pair = [displaced(bold_plan, tiny_groups[0], tmp_path / f"half-{k}", k, (-1) ** k * 0.08) for k in range(2)]
+    soup = greedy_soup(bold_plan, pair, tmp_path / "out", weights="uniform", progress=QUIET)
+    alone = [mean_loss(bold_plan, folder) for folder in pair]
+    merge_groups(bold_plan, pair, tmp_path / "both", weights="uniform")
     best = alone.index(min(alone))
     assert [(step.group, step.groups) for step in soup.steps] == [(best, [best]), (1 - best, [0, 1])]
-    assert [step.loss for step in soup.steps] == pytest.approx([min(alone), mean_loss(tiny_plan, tmp_path / "both")])
+    assert [step.loss for step in soup.steps] == pytest.approx([min(alone), mean_loss(bold_plan, tmp_path / "both")])
     assert [step.kept for step in soup.steps] == [True, True]
     assert soup.groups == [0, 1]
     assert weights_sha256(tmp_path / "out") == weights_sha256(tmp_path / "both")
@@ -162,20 +168,24 @@ def test_groups_that_help_each_other_are_both_kept(
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"half-0", "half-1", "out", "both"}
     with pytest.raises(ConfigError, match="exists already"):
-        greedy_soup(tiny_plan, pair, tmp_path / "out", progress=QUIET)
+        greedy_soup(bold_plan, pair, tmp_path / "out", progress=QUIET)
 
 
-def test_a_group_of_noise_is_left_out(tiny_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path) -> None:
-    noise = shift(tiny_groups[1], tiny_groups[1], tmp_path / "noise", 1.0)
-    tiny_plan.save_pretrained(tmp_path / "plan")
-    call = [str(tmp_path / "plan"), str(tiny_groups[0]), str(noise)]
+def test_a_group_that_spoils_the_mean_is_left_out(
+    bold_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path
+) -> None:
+    groups = [
+        displaced(bold_plan, tiny_groups[0], tmp_path / str(k), k, scale) for k, scale in enumerate((0.02, 0.08))
+    ]
+    bold_plan.save_pretrained(tmp_path / "plan")
+    call = [str(tmp_path / "plan"), *map(str, groups)]
     done = CliRunner().invoke(app, ["merge", *call, "--output", str(tmp_path / "out"), "--soup"])
     assert done.exit_code == 0, done.output
     manifest = read_manifest(tmp_path / "out")
     assert [group["group"] for group in manifest["groups"]] == [0]
     assert [(step["group"], step["kept"]) for step in manifest["soup"]] == [(0, True), (1, False)]
     assert "left out" in done.output
-    merge_groups(tiny_plan, tiny_groups, tmp_path / "first", exclude=[1])
+    merge_groups(bold_plan, groups, tmp_path / "first", exclude=[1])
     assert weights_sha256(tmp_path / "out") == weights_sha256(tmp_path / "first")
     refused = CliRunner().invoke(
         app, ["merge", *call, "--output", str(tmp_path / "x"), "--soup", "--weights", "tokens", "--weights", "uniform"]
