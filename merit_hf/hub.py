@@ -232,9 +232,10 @@ def current_user() -> tuple[str, list[str]]:
     try:
         owner = HfApi().whoami()
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code >= 500:
+        status = error.response.status_code if error.response is not None else None
+        if status not in (401, 403):
             raise HubUnavailableError(
-                f"asking who you are: the Hub answered HTTP {error.response.status_code}. Run the command again."
+                f"asking who you are: the Hub answered HTTP {status}. Run the command again."
             ) from error
         raise ConfigError("the Hub does not know you. Log in with `hf auth login`.") from error
     except HTTPError as error:
