@@ -2,8 +2,8 @@
 
     python benchmarks/hub_faults.py > docs/faults.md
 
-Runs against the Hub of the tests, on this machine. Stops at the first cell where something is lost, is half done, or does
-not succeed when it is run again.
+Runs against the Hub of the tests, on this machine. Stops at the first cell where something is lost, is half done, or
+does not succeed when it is run again.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ HEAD = """# When the Hub fails
 
 Made by `python benchmarks/hub_faults.py > docs/faults.md`, against the Hub that the tests run.
 
-A fault hits a request of an operation: *ask* (what is there, who am I), *download*, *upload* (a large file), *write* (the
-commit, or the pull request), *after* (what follows it: closing a pull request, the list of them, the collection). Each
-cell says what the user saw:
+A fault hits a request of an operation: *ask* (what is there, who am I), *download*, *upload* (a large file), *write*
+(the commit, or the pull request), *after* (what follows it: closing a pull request, the list of them, the collection).
+Each cell says what the user saw:
 
 - **itself**: the client or merit tried again, and the command succeeded;
 - **again**: the command ended with exit code 1 and one line, and the same command succeeded the second time.
 
-After every first run, what is on the Hub was compared with what was there before and with a run without faults: no commit
-holds a part of what it should, there is no second claim, pull request or collection, and no output folder is incomplete.
-After every second run all of it was as without faults: the same commits, files, pull requests, hashes. –: the operation
-has no such request.
+After every first run, what is on the Hub was compared with what was there before and with a run without faults: no
+commit holds a part of what it should, there is no second claim, pull request or collection, and no output folder is
+incomplete. After every second run all of it was as without faults: the same commits, files, pull requests, hashes.
+–: the operation has no such request.
 """
 
 

@@ -1,4 +1,4 @@
-"""Every fault of a Hub × everything that merit does on one: what the user sees, what is left on the Hub, and the re-run.
+"""Every fault of a Hub × everything that merit does on one: what the user sees, what is left, and the second run.
 
 Used by tests/test_hub_faults.py, and by benchmarks/hub_faults.py, which writes the table.
 """
@@ -53,8 +53,8 @@ class Operation:
 
 COMMIT, LFS_GET, LFS_PUT = ("POST", "/commit/"), ("GET", "/lfs/"), ("PUT", "/lfs/")
 CLAIM_FILE = ("GET", "/resolve/.*/group-")
-TRAIN = ("train", PLAN, "--group", "0", "--output", "trained", "sft.push_to_hub=true", "sft.hub_model_id=alice/trained",
-         "sft.hub_strategy=checkpoint", "sft.save_steps=5")  # fmt: skip
+TRAIN = ("train", PLAN, "--group", "0", "--output", "trained", "sft.push_to_hub=true",
+         "sft.hub_model_id=alice/trained", "sft.hub_strategy=checkpoint", "sft.save_steps=5")  # fmt: skip
 OPERATIONS = [
     Operation("plan", "alice", "data", ("plan", "mixture.yaml", "--output", "planned"),
               {ASK: ("GET", "/api/models/org/base"), DOWNLOAD: LFS_GET}, "planned"),

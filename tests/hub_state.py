@@ -34,7 +34,7 @@ def save(hub: HubServer) -> Snapshot:
     repos = dict(hub.hub.repos)
     return Snapshot(
         repos,
-        {key: {name: str(repo.git.references[name].target) for name in repo.git.references} for key, repo in repos.items()},
+        {key: {ref: str(r.git.references[ref].target) for ref in r.git.references} for key, r in repos.items()},
         {key: copy.deepcopy(repo.discussions) for key, repo in repos.items()},
         {path.name for path in (hub.hub.root / "lfs").iterdir()},
         copy.deepcopy(hub.hub.collections),

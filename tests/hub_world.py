@@ -1,4 +1,4 @@
-"""A loopback Hub with a base, two dataset repos, a plan over them and its trained groups, and two people who use it."""
+"""A loopback Hub with a base, two dataset repos, a plan over them with its trained groups, and its users."""
 
 from __future__ import annotations
 

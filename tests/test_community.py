@@ -1,4 +1,4 @@
-"""Claims, contributions and their acceptance on a loopback Hub: members and strangers, one after the other and at once."""
+"""Claims, contributions and their acceptance on a loopback Hub: members and strangers, in turn and at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_merit import Account, Command
-from hub_state import look, read
+from hub_state import RepoState, look, read
 from hub_world import PLAN, World
 
 GROUP_0, GROUP_1 = "claims/group-0.json", "claims/group-1.json"
@@ -47,11 +47,13 @@ def bob(world: World) -> Account:
     return world.bob
 
 
-def plan_state(world: World):  # noqa: ANN201
+def plan_state(world: World) -> RepoState:
     return look(world.hub)["dataset org/plan"]
 
 
-def claim_entry(world: World, group: int, claimant: str, days: float = 3.0, age: float = 0.0, **changes: object) -> str:
+def claim_entry(
+    world: World, group: int, claimant: str, days: float = 3.0, age: float = 0.0, **changes: object
+) -> str:
     start = datetime.now(UTC).replace(microsecond=0) - timedelta(days=age)
     sha256 = read(world.hub, "dataset", PLAN, "plan.json")["sha256"]
     entry = {
@@ -84,11 +86,13 @@ def test_a_member_claims_by_a_commit_and_releases(world: World, alice: Account) 
     before = plan_state(world)
     done = alice("claim", PLAN, "--group", 0, "--days", 3, "--hardware", "2 × <b>GPU</b>").check()
     after = plan_state(world)
-    assert after.commits == [*before.commits, ("Claim group 0 for alice", "alice")] and after.requests == []
+    assert after.commits == [*before.commits, ("Claim group 0 for alice", "alice")]
+    assert after.requests == []
     claim = read(world.hub, "dataset", PLAN, GROUP_0)
     assert (claim["claimant"], claim["group"], claim["hardware"]) == ("alice", 0, "2 × <b>GPU</b>")
     held = datetime.fromisoformat(claim["expires_at"]) - datetime.fromisoformat(claim["claimed_at"])
-    assert held == timedelta(days=3) and claim["num_input_tokens"] == status(alice)[0]["num_input_tokens"] > 0
+    assert held == timedelta(days=3)
+    assert claim["num_input_tokens"] == status(alice)[0]["num_input_tokens"] > 0
     assert claim["expires_at"] in done.out
     # Again is no second claim, and no second commit.
     assert f"You hold group 0 until {claim['expires_at']}." in flat(alice("claim", PLAN, "--group", 0).check())
@@ -103,7 +107,8 @@ def test_a_stranger_claims_by_a_pull_request(world: World, alice: Account, bob: 
     assert "pull request #1" in bob("claim", PLAN, "--group", 1).check().out
     assert "pull request #1" in bob("claim", PLAN, "--group", 1).check().out
     after = plan_state(world)
-    assert after.commits == before.commits and after.requests == [("Claim group 1", "bob", "open", 1)]
+    assert after.commits == before.commits
+    assert after.requests == [("Claim group 1", "bob", "open", 1)]
     assert [state["claim"] for state in status(bob)] == ["free", "pending"]
     # Another stranger is told who was first; nothing is opened.
     error = bob("claim", PLAN, "--group", 1, user="dave").error
@@ -116,16 +121,21 @@ def test_a_stranger_claims_by_a_pull_request(world: World, alice: Account, bob: 
     for _ in range(2):
         assert "pull request #2" in bob("release", PLAN, "--group", 1).check().out
     assert "#2 Release group 1 (bob): accepted: group 1 is free again" in flat(alice("accept", PLAN).check())
-    assert GROUP_1 not in plan_state(world).files and len(plan_state(world).requests) == 2
+    assert GROUP_1 not in plan_state(world).files
+    assert len(plan_state(world).requests) == 2
 
 
 def test_release_of_a_pending_claim_and_of_another_s(world: World, alice: Account, bob: Account) -> None:
     bob("claim", PLAN, "--group", 0).check()
-    assert "Withdrew your pending claim of group 0 (pull request #1)" in flat(bob("release", PLAN, "--group", 0).check())
-    assert plan_state(world).requests[0][2] == "closed" and status(bob)[0]["claim"] == "free"
+    assert "Withdrew your pending claim of group 0 (pull request #1)" in flat(
+        bob("release", PLAN, "--group", 0).check()
+    )
+    assert plan_state(world).requests[0][2] == "closed"
+    assert status(bob)[0]["claim"] == "free"
     alice("claim", PLAN, "--group", 0).check()
     assert "only they or a maintainer" in bob("release", PLAN, "--group", 0).error
-    assert bob("release", PLAN, "--group", 0).code == 2 and GROUP_0 in plan_state(world).files
+    assert bob("release", PLAN, "--group", 0).code == 2
+    assert GROUP_0 in plan_state(world).files
     # A maintainer releases what another holds.
     assert "which alice held" in flat(alice("release", PLAN, "--group", 0, user="carol").check())
     assert GROUP_0 not in plan_state(world).files
@@ -141,7 +151,8 @@ def test_two_members_at_once(world: World, alice: Account, again: int) -> None:
     assert sorted(codes.values()) == [0, 1], codes
     winner, loser = sorted(codes, key=lambda user: codes[user])
     assert read(world.hub, "dataset", PLAN, GROUP_0)["claimant"] == winner
-    assert f"held by {winner} until" in pair[loser].error and "Free groups: 1." in pair[loser].error
+    assert f"held by {winner} until" in pair[loser].error
+    assert "Free groups: 1." in pair[loser].error
     assert [title for title, _ in plan_state(world).commits].count(f"Claim group 0 for {winner}") == 1
     assert 412 in [exchange.status for exchange in world.hub.exchanges], "nobody met a stale parent"
 
@@ -264,7 +275,8 @@ def test_what_is_added_after_the_check_does_not_land(world: World, alice: Accoun
     bob("-c", code, claim_entry(world, 0, "bob", hardware="all of it")).check()
     accepting.wait().check()
     state = plan_state(world)
-    assert "evil.py" not in state.files and read(world.hub, "dataset", PLAN, GROUP_0)["hardware"] == "a laptop"
+    assert "evil.py" not in state.files
+    assert read(world.hub, "dataset", PLAN, GROUP_0)["hardware"] == "a laptop"
     assert state.requests[0][2] == "closed"
 
 
@@ -276,7 +288,10 @@ def test_contributions(world: World, alice: Account, bob: Account) -> None:
         assert "in pull request #2" in flat(bob("contribute", PLAN, "bob/group-1").check())
     assert len(plan_state(world).requests) == 2
     assert "group 1 is held by bob until" in alice("contribute", PLAN, "bob/group-1").error
-    upload = "from huggingface_hub import HfApi; HfApi().upload_file(path_or_fileobj=b'# Card', path_in_repo='README.md', repo_id='bob/group-1')"
+    upload = (
+        "from huggingface_hub import HfApi; HfApi().upload_file(path_or_fileobj=b'# Card', "
+        "path_in_repo='README.md', repo_id='bob/group-1')"
+    )
     bob("-c", upload).check()
     assert "in pull request #3" in flat(bob("contribute", PLAN, "bob/group-1").check())
     assert [(title, state) for title, _, state, _ in plan_state(world).requests] == [
@@ -285,7 +300,8 @@ def test_contributions(world: World, alice: Account, bob: Account) -> None:
     assert "Replaced by its author." in comments(world, 2)[-1]
     head = str(world.hub.hub.repos["model", "bob/group-1"].resolve("main").id)
     offered = status(bob)[1]
-    assert offered["checkpoint"] == "offered by bob in pull request #3" and offered["verified"] is None
+    assert offered["checkpoint"] == "offered by bob in pull request #3"
+    assert offered["verified"] is None
     # A folder is no contribution.
     error = bob("contribute", PLAN, "group-1").error
     assert "merit push group-1 YOU/NAME" in error
@@ -294,7 +310,8 @@ def test_contributions(world: World, alice: Account, bob: Account) -> None:
     entry = read(world.hub, "dataset", PLAN, "contributions/group-1.json")
     assert (entry["repo_id"], entry["revision"], entry["level"]) == ("bob/group-1", head, "weights")
     taken = plan_state(world)
-    assert "Nothing was pending." in alice("accept", PLAN).check().out and plan_state(world) == taken
+    assert "Nothing was pending." in alice("accept", PLAN).check().out
+    assert plan_state(world) == taken
     assert "group 1 has its checkpoint" in bob("claim", PLAN, "--group", 1, user="dave").error
     (row,) = [state for state in status(alice) if state["group"] == 1]
     assert (row["claim"], row["verified"], row["merged"]) == ("held", "weights", None)
@@ -308,22 +325,27 @@ def test_a_bad_contribution_is_refused_with_its_check(world: World, alice: Accou
         "contributor": "bob", "contributed_at": "2026-01-01T00:00:00+00:00", "files_sha256": "0" * 64, "level": "behaviour",
     }  # fmt: skip
     propose(bob, "Contribute group 0", {"contributions/group-0.json": json.dumps(entry)})
-    propose(bob, "Contribute group 1", {"contributions/group-1.json": json.dumps(entry | {"group": 1, "revision": "main"})})
+    propose(
+        bob, "Contribute group 1", {"contributions/group-1.json": json.dumps(entry | {"group": 1, "revision": "main"})}
+    )
     before = plan_state(world)
     out = flat(alice("accept", PLAN, "--level", "manifest").check())
     assert "the checkpoint is of group 1, the entry says 0" in out
-    assert "#2 Contribute group 1 (bob): refused" in out and "revision is no commit sha" in out
+    assert "#2 Contribute group 1 (bob): refused" in out
+    assert "revision is no commit sha" in out
     assert plan_state(world).files == before.files
 
 
 def test_who_may_accept_and_what_needs_a_hub(world: World, alice: Account, bob: Account) -> None:
     refused = bob("accept", PLAN)
-    assert refused.code == 2 and "not yours (bob) to write to" in refused.error
+    assert refused.code == 2
+    assert "not yours (bob) to write to" in refused.error
     for arguments in (("claim", "plan", "--group", "0"), ("release", "plan", "--group", "0"), ("accept", "plan"),
                       ("contribute", "plan", "alice/group-0")):  # fmt: skip
         done = alice(*arguments)
         assert done.code == 2 and "merit push" in done.error and "OWNER/NAME" in done.error, done.error
-    assert alice("claim", PLAN, "--group", 7).code == 2 and "7" in alice("claim", PLAN, "--group", 7).error
+    assert alice("claim", PLAN, "--group", 7).code == 2
+    assert "7" in alice("claim", PLAN, "--group", 7).error
     assert alice("claim", PLAN, "--group", 0, "--days", 31).code == 2
     assert alice("claim", "org/nothing", "--group", 0).code == 2
 
