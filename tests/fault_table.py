@@ -16,19 +16,19 @@ from hub_world import PLAN, World
 
 from merit_hf.manifest import hash_files, read_manifest
 
-ASK, DOWNLOAD, UPLOAD, WRITE, AFTER = "ask", "download", "upload", "write", "after"
+ASK, DOWNLOAD, DATA, UPLOAD, WRITE, AFTER = "ask", "download", "data", "upload", "write", "after"
 # {fault: (what is injected, at which requests of an operation)}
 FAULTS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "429, Retry-After": ({"kind": "status", "status": 429, "retry_after": 1}, (ASK, WRITE, AFTER)),
     "500": ({"kind": "status", "status": 500}, (ASK, WRITE)),
-    "503": ({"kind": "status", "status": 503}, (DOWNLOAD, UPLOAD, WRITE, AFTER)),
+    "503": ({"kind": "status", "status": 503}, (DOWNLOAD, DATA, UPLOAD, WRITE, AFTER)),
     "503 until healed": ({"kind": "status", "status": 503, "times": 1_000_000}, (ASK, AFTER)),
     "dropped request": ({"kind": "drop_request"}, (ASK, WRITE, AFTER)),
     "lost answer": ({"kind": "lose_response"}, (ASK, WRITE, AFTER)),
-    "dropped download": ({"kind": "drop_response"}, (DOWNLOAD,)),
+    "dropped download": ({"kind": "drop_response"}, (DOWNLOAD, DATA)),
     "dropped upload": ({"kind": "drop_request"}, (UPLOAD,)),
-    "truncated file": ({"kind": "truncate"}, (DOWNLOAD,)),
-    "corrupted file": ({"kind": "corrupt"}, (DOWNLOAD,)),
+    "truncated file": ({"kind": "truncate"}, (DOWNLOAD, DATA)),
+    "corrupted file": ({"kind": "corrupt"}, (DOWNLOAD, DATA)),
     "slow answer": ({"kind": "slow", "seconds": 3.0}, (DOWNLOAD, WRITE)),
 }
 
@@ -40,7 +40,7 @@ class Operation:
     Attributes:
         state: the snapshot that it starts from.
         output: what it makes in the account's folder, if anything.
-        targets: {ask, download, upload, write, after: (method, pattern)} of its requests of that kind.
+        targets: {ask, download, data, upload, write, after: (method, pattern)} of its requests of that kind.
     """
 
     name: str
@@ -53,13 +53,15 @@ class Operation:
 
 COMMIT, LFS_GET, LFS_PUT = ("POST", "/commit/"), ("GET", "/lfs/"), ("PUT", "/lfs/")
 CLAIM_FILE = ("GET", "/resolve/.*/group-")
+ROWS = ("GET", "/resolve/.*/train.jsonl")
 TRAIN = ("train", PLAN, "--group", "0", "--output", "trained", "sft.push_to_hub=true",
          "sft.hub_model_id=alice/trained", "sft.hub_strategy=checkpoint", "sft.save_steps=5")  # fmt: skip
 OPERATIONS = [
     Operation("plan", "alice", "data", ("plan", "mixture.yaml", "--output", "planned"),
-              {ASK: ("GET", "/api/models/org/base"), DOWNLOAD: LFS_GET}, "planned"),
+              {ASK: ("GET", "/api/models/org/base"), DOWNLOAD: LFS_GET, DATA: ROWS}, "planned"),
     Operation("train and push", "alice", "groups", TRAIN,
-              {ASK: ("GET", "/api/datasets/org/plan"), DOWNLOAD: LFS_GET, UPLOAD: LFS_PUT, WRITE: COMMIT}, "trained"),
+              {ASK: ("GET", "/api/datasets/org/plan"), DOWNLOAD: LFS_GET, DATA: ROWS, UPLOAD: LFS_PUT,
+               WRITE: COMMIT}, "trained"),
     Operation("claim (member)", "alice", "groups", ("claim", PLAN, "--group", "0", "--hardware", "a laptop"),
               {ASK: ("GET", "whoami"), DOWNLOAD: ("GET", "/resolve/.*/plan.json"), WRITE: COMMIT}),
     Operation("claim (stranger)", "bob", "groups", ("claim", PLAN, "--group", "1", "--hardware", "a laptop"),
@@ -127,10 +129,10 @@ class Table:
         return self.world.alice if operation.user == "alice" else self.world.bob
 
     def start(self, operation: Operation) -> None:
-        """The operation's own state, nothing cached, no output; the data cache of `datasets` stays."""
+        """The operation's own state, nothing cached, no output."""
         account = self.account(operation)
         self.world.back_to(operation.state)
-        shutil.rmtree(account.cache / "hub", ignore_errors=True)
+        account.forget()
         for made in account.folder.glob(f"{operation.output}*") if operation.output else ():
             shutil.rmtree(made)
         self.world.hub.exchanges.clear()

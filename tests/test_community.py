@@ -225,8 +225,8 @@ def test_claims_that_are_refused(
     world: World, alice: Account, bob: Account, changes: dict[str, object], reason: str
 ) -> None:
     values: dict = {"claimant": "bob", **changes}
-    text = claim_entry(world, 0, values.pop("claimant"), values.pop("days", 3.0), values.pop("age", 0.0), **values)
-    propose(bob, "Claim group 0", {GROUP_0: text})
+    text = claim_entry(world, 0, values.pop("claimant"), values.pop("days", 3.0), values.pop("age", 0.0))
+    propose(bob, "Claim group 0", {GROUP_0: json.dumps(json.loads(text) | values)})
     before = plan_state(world)
     assert "refused" in alice("accept", PLAN, "--level", "manifest").check().out
     assert reason in comments(world, 1)[-1].replace("\\", "")
