@@ -22,29 +22,39 @@ PROPOSE = (
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A published plan of two groups; group 0 trained by alice and 1 by bob, in repos of their own."""
+    """A published plan of two groups."""
     with World(tmp_path_factory.mktemp("world")) as world:
         world.publish_base_and_data()
         world.publish_plan()
-        world.train_groups()
-        world.save("groups")
+        world.save("planned")
         yield world
 
 
 @pytest.fixture
 def world(shared: World) -> World:
+    shared.back_to("planned")
+    return shared
+
+
+@pytest.fixture
+def trained(shared: World) -> World:
+    """Also, group 0 trained by alice and 1 by bob, in repos of their own."""
+    if "groups" not in shared.saved:
+        shared.back_to("planned")
+        shared.train_groups()
+        shared.save("groups")
     shared.back_to("groups")
     return shared
 
 
 @pytest.fixture
-def alice(world: World) -> Account:
-    return world.alice
+def alice(shared: World) -> Account:
+    return shared.alice
 
 
 @pytest.fixture
-def bob(world: World) -> Account:
-    return world.bob
+def bob(shared: World) -> Account:
+    return shared.bob
 
 
 def plan_state(world: World) -> RepoState:
@@ -263,6 +273,7 @@ def test_a_pull_request_that_is_behind_main_brings_back_nothing(world: World, al
 def test_what_is_added_after_the_check_does_not_land(world: World, alice: Account, bob: Account) -> None:
     """While the maintainer's commit waits, the author puts another file and another claimant into the pull request."""
     propose(bob, "Claim group 0", {GROUP_0: claim_entry(world, 0, "bob")})
+    world.hub.exchanges.clear()
     world.hub.fail("slow", "/commit/main", "POST", seconds=4.0)
     accepting = alice.start("accept", PLAN)
     while not any("/commit/main" in exchange.path for exchange in world.hub.exchanges):
@@ -280,13 +291,14 @@ def test_what_is_added_after_the_check_does_not_land(world: World, alice: Accoun
     assert state.requests[0][2] == "closed"
 
 
-def test_contributions(world: World, alice: Account, bob: Account) -> None:
+@pytest.mark.slow
+def test_contributions(trained: World, alice: Account, bob: Account) -> None:
     bob("claim", PLAN, "--group", 1).check()
     alice("accept", PLAN).check()
     # Twice is one pull request; another commit replaces it; somebody else's group is refused with the holder's name.
     for _ in range(2):
         assert "in pull request #2" in flat(bob("contribute", PLAN, "bob/group-1").check())
-    assert len(plan_state(world).requests) == 2
+    assert len(plan_state(trained).requests) == 2
     assert "group 1 is held by bob until" in alice("contribute", PLAN, "bob/group-1").error
     upload = (
         "from huggingface_hub import HfApi; HfApi().upload_file(path_or_fileobj=b'# Card', "
@@ -294,11 +306,11 @@ def test_contributions(world: World, alice: Account, bob: Account) -> None:
     )
     bob("-c", upload).check()
     assert "in pull request #3" in flat(bob("contribute", PLAN, "bob/group-1").check())
-    assert [(title, state) for title, _, state, _ in plan_state(world).requests] == [
+    assert [(title, state) for title, _, state, _ in plan_state(trained).requests] == [
         ("Claim group 1", "closed"), ("Contribute group 1", "closed"), ("Contribute group 1", "open"),
     ]  # fmt: skip
-    assert "Replaced by its author." in comments(world, 2)[-1]
-    head = str(world.hub.hub.repos["model", "bob/group-1"].resolve("main").id)
+    assert "Replaced by its author." in comments(trained, 2)[-1]
+    head = str(trained.hub.hub.repos["model", "bob/group-1"].resolve("main").id)
     offered = status(bob)[1]
     assert offered["checkpoint"] == "offered by bob in pull request #3"
     assert offered["verified"] is None
@@ -307,33 +319,34 @@ def test_contributions(world: World, alice: Account, bob: Account) -> None:
     assert "merit push group-1 YOU/NAME" in error
     out = flat(alice("accept", PLAN, "--level", "weights").check())
     assert "#3 Contribute group 1 (bob): accepted" in out
-    entry = read(world.hub, "dataset", PLAN, "contributions/group-1.json")
+    entry = read(trained.hub, "dataset", PLAN, "contributions/group-1.json")
     assert (entry["repo_id"], entry["revision"], entry["level"]) == ("bob/group-1", head, "weights")
-    taken = plan_state(world)
+    taken = plan_state(trained)
     assert "Nothing was pending." in alice("accept", PLAN).check().out
-    assert plan_state(world) == taken
+    assert plan_state(trained) == taken
     assert "group 1 has its checkpoint" in bob("claim", PLAN, "--group", 1, user="dave").error
     (row,) = [state for state in status(alice) if state["group"] == 1]
     assert (row["claim"], row["verified"], row["merged"]) == ("held", "weights", None)
     assert row["checkpoint"] == f"bob/group-1@{head[:12]}"
 
 
-def test_a_bad_contribution_is_refused_with_its_check(world: World, alice: Account, bob: Account) -> None:
+@pytest.mark.slow
+def test_a_bad_contribution_is_refused_with_its_check(trained: World, alice: Account, bob: Account) -> None:
     entry = {
-        "schema_version": 1, "plan_sha256": read(world.hub, "dataset", PLAN, "plan.json")["sha256"], "group": 0,
-        "repo_id": "bob/group-1", "revision": str(world.hub.hub.repos["model", "bob/group-1"].resolve("main").id),
+        "schema_version": 1, "plan_sha256": read(trained.hub, "dataset", PLAN, "plan.json")["sha256"], "group": 0,
+        "repo_id": "bob/group-1", "revision": str(trained.hub.hub.repos["model", "bob/group-1"].resolve("main").id),
         "contributor": "bob", "contributed_at": "2026-01-01T00:00:00+00:00", "files_sha256": "0" * 64,
         "level": "behaviour",
     }  # fmt: skip
     propose(bob, "Contribute group 0", {"contributions/group-0.json": json.dumps(entry)})
     branch = json.dumps(entry | {"group": 1, "revision": "main"})
     propose(bob, "Contribute group 1", {"contributions/group-1.json": branch})
-    before = plan_state(world)
+    before = plan_state(trained)
     out = flat(alice("accept", PLAN, "--level", "manifest").check())
     assert "the checkpoint is of group 1, the entry says 0" in out
     assert "#2 Contribute group 1 (bob): refused" in out
     assert "revision is no commit sha" in out
-    assert plan_state(world).files == before.files
+    assert plan_state(trained).files == before.files
 
 
 def test_who_may_accept_and_what_needs_a_hub(world: World, alice: Account, bob: Account) -> None:
@@ -351,20 +364,21 @@ def test_who_may_accept_and_what_needs_a_hub(world: World, alice: Account, bob: 
     assert alice("claim", "org/nothing", "--group", 0).code == 2
 
 
-def test_status_of_a_folder_and_of_everything_merged(world: World, alice: Account, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_status_of_a_folder_and_of_everything_merged(trained: World, alice: Account, tmp_path: Path) -> None:
     local = json.loads(alice("status", "plan", "--json").check().out)
     assert local["plan"]["repo_id"] is None
     assert [state["claim"] for state in local["groups"]] == ["local", "local"]
     for group, repo in enumerate(("alice/group-0", "bob/group-1")):
-        account = alice if group == 0 else world.bob
+        account = alice if group == 0 else trained.bob
         account("contribute", PLAN, repo).check()
     alice("accept", PLAN, "--level", "manifest").check()
     assert "Next: merit merge org/plan --output merged" in alice("status", PLAN).check().out
     alice("merge", PLAN, "--output", tmp_path / "merged").check()
     alice("push", tmp_path / "merged", "org/merged", "--license", "mit").check()
-    states = status(world.bob)
+    states = status(trained.bob)
     assert [state["merged"] for state in states] == ["org/merged", "org/merged"]
     assert [state["verified"] for state in states] == ["manifest", "manifest"]
-    shown = world.bob("status", PLAN).check().out
+    shown = trained.bob("status", PLAN).check().out
     assert "All groups are merged: org/merged" in shown
     assert "2 of 2 groups ready to merge" in shown
