@@ -3,14 +3,16 @@
     python benchmarks/hub_faults.py > docs/faults.md
 
 Runs against the Hub of the tests, on this machine. Stops at the first cell where something is lost, is half done, or
-does not succeed when it is run again.
+does not succeed when it is run again; started again, it goes on from faults.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,9 +27,9 @@ HEAD = """# When the Hub fails
 
 Made by `python benchmarks/hub_faults.py > docs/faults.md`, against the Hub that the tests run.
 
-A fault hits a request of an operation: *ask* (what is there, who am I), *download*, *upload* (a large file), *write*
-(the commit, or the pull request), *after* (what follows it: closing a pull request, the list of them, the collection).
-Each cell says what the user saw:
+A fault hits a request of an operation: *ask* (what is there, who am I), *download* (a plan, a
+model), *data* (a dataset's rows), *upload* (a large file), *write* (the commit, or the pull request), *after* (what
+follows it: closing a pull request, the list of them, the collection). Each cell says what the user saw:
 
 - **itself**: the client or merit tried again, and the command succeeded;
 - **again**: the command ended with exit code 1 and one line, and the same command succeeded the second time.
@@ -39,39 +41,59 @@ incomplete. After every second run all of it was as without faults: the same com
 """
 
 
-def cell(outcomes: list[Outcome]) -> str:
-    if not outcomes:
-        return "–"
-    return ", ".join(f"{o.target}: {'itself' if o.recovered else 'again'}" for o in outcomes)
+def collect(path: Path) -> list[Outcome]:
+    """Every cell: those in `path` as they are there, the others run now and added to it."""
+    known = [Outcome(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(outcome.fault, outcome.operation, outcome.target) for outcome in known}
+    missing = [
+        (fault, operation, target)
+        for operation in OPERATIONS
+        for fault, (_, targets) in FAULTS.items()
+        for target in targets
+        if target in operation.targets and (fault, operation.name, target) not in done
+    ]
+    if not missing:
+        return known
+    with tempfile.TemporaryDirectory() as folder, World(Path(folder)) as world, path.open("a") as file:
+        Table.prepare(world)
+        table = Table(world)
+        for fault, operation, target in missing:
+            outcome = table.outcome(fault, operation, target)
+            if outcome.line is not None:
+                line = outcome.line.removeprefix("merit: error: ").replace(world.hub.endpoint, "https://hub.example")
+                outcome = replace(outcome, line=line.replace(folder, "~"))
+            sys.stderr.write(f"{operation.name}, {fault}, {target}: {outcome.line or 'by itself'}\n")
+            file.write(json.dumps(asdict(outcome)) + "\n")
+            file.flush()
+            known.append(outcome)
+    return known
+
+
+def cell(outcomes: list[Outcome], fault: str, operation: str) -> str:
+    told = [
+        f"{outcome.target}: {'itself' if outcome.recovered else 'again'}"
+        for outcome in outcomes
+        if (outcome.fault, outcome.operation) == (fault, operation)
+    ]
+    return ", ".join(told) or "–"
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    rows, lines = [], {}
-    with tempfile.TemporaryDirectory() as folder, World(Path(folder)) as world:
-        Table.prepare(world)
-        table = Table(world)
-        for operation in OPERATIONS:
-            cells = []
-            for fault in FAULTS:
-                outcomes = list(table.cell(fault, operation))
-                cells.append(cell(outcomes))
-                for outcome in outcomes:
-                    lines.setdefault(outcome.line, outcome)
-                    sys.stderr.write(f"{operation.name}, {fault}, {outcome.target}: {outcome.line or 'by itself'}\n")
-            rows.append((operation.name, cells))
-        endpoint = world.hub.endpoint
-    print(HEAD)
-    print("| fault | " + " | ".join(name for name, _ in rows) + " |")
-    print("|---" * (len(rows) + 1) + "|")
-    for number, fault in enumerate(FAULTS):
-        print(f"| {fault} | " + " | ".join(cells[number] for _, cells in rows) + " |")
-    print("\nThe lines with which commands ended:\n")
-    for line, outcome in sorted((line, outcome) for line, outcome in lines.items() if line is not None):
-        said = line.removeprefix("merit: error: ").replace(endpoint, "https://hub.example").replace(folder, "~")
-        print(f"- {outcome.operation}, {outcome.fault} ({outcome.target}): `{said}`")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--outcomes", type=Path, default=Path("faults.jsonl"), help="one line a cell; cells in it are not run again"
+    )
+    outcomes = collect(parser.parse_args().outcomes)
+    lines = [HEAD, "| fault | " + " | ".join(operation.name for operation in OPERATIONS) + " |"]
+    lines.append("|---" * (len(OPERATIONS) + 1) + "|")
+    for fault in FAULTS:
+        cells = [cell(outcomes, fault, operation.name) for operation in OPERATIONS]
+        lines.append(f"| {fault} | " + " | ".join(cells) + " |")
+    lines.append("\nThe lines with which commands ended:\n")
+    lines += sorted({f"- {o.operation}, {o.fault} ({o.target}): `{o.line}`" for o in outcomes if o.line is not None})
     versions = library_versions()
-    print("\nWith " + ", ".join(f"{name} {versions[name]}" for name in sorted(versions)) + ".")
+    lines.append("\nWith " + ", ".join(f"{name} {versions[name]}" for name in sorted(versions)) + ".")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -341,4 +341,4 @@ def current_user() -> tuple[str, list[str]]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()).rstrip(".")
