@@ -206,7 +206,7 @@ def test_create_pr(world: World) -> None:
         "from huggingface_hub import snapshot_download as s; s('org/plan', repo_type='dataset', local_dir='copy')",
     ).check()
     shutil.rmtree(world.bob.folder / "copy" / ".cache")
-    edit_card(world.alice, PLAN, "license: mit")
+    (world.bob.folder / "copy/figures/more.txt").write_text("a figure's words")
     before = look(world.hub)["dataset org/plan"]
     refused = world.bob("push", "copy", PLAN)
     assert refused.code == 2
@@ -291,11 +291,12 @@ def test_a_merged_model(accepted: World) -> None:
     assert {"merge", "mergekit", "merit", "dataset:org/copy", "dataset:org/count"} <= set(info.tags)
     # An Apache base and MIT data.
     assert info.card_data.license == "apache-2.0"
-    results = {(r.dataset_type, r.metric_type) for r in info.card_data.eval_results}
     evaluation = json.loads((alice.folder / "run/evaluation.json").read_text())
-    assert {dataset for dataset, _ in results} == {"org/copy", "org/count"}
     values = sorted(round(row["loss"]["merged"], 6) for row in evaluation["datasets"].values())
-    assert sorted(r.metric_value for r in info.card_data.eval_results) == pytest.approx(values, abs=1e-4)
+    (index,) = info.model_index
+    assert {result["dataset"]["type"] for result in index["results"]} == {"org/copy", "org/count"}
+    told = [metric["value"] for result in index["results"] for metric in result["metrics"]]
+    assert sorted(told) == pytest.approx(values, abs=1e-4)
     assert sorted(entry.value for entry in info.eval_results) == values
     # The recipe names repos at commits and nothing of this machine, and mergekit reads it.
     files = look(hub)["model org/merged"].files
