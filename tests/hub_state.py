@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +44,8 @@ def restore(hub: HubServer, snapshot: Snapshot) -> None:
     """Go back to a snapshot, and let no fault be pending."""
     hub.heal()
     for key in set(hub.hub.repos) - set(snapshot.repos):
-        shutil.rmtree(hub.hub.repos.pop(key).folder)
+        # Its folder stays: a later snapshot may hold it.
+        del hub.hub.repos[key]
     hub.hub.repos.update(snapshot.repos)
     for key, repo in snapshot.repos.items():
         for name in set(repo.git.references) - set(snapshot.refs[key]):
