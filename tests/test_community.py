@@ -146,6 +146,14 @@ def test_release_of_a_pending_claim_and_of_another_s(world: World, alice: Accoun
     assert "only they or a maintainer" in bob("release", PLAN, "--group", 0).error
     assert bob("release", PLAN, "--group", 0).code == 2
     assert GROUP_0 in plan_state(world).files
+    # Nor by a pull request of one's own making; accept says whose it is.
+    code = (
+        "from huggingface_hub import HfApi, CommitOperationDelete as Delete; HfApi().create_commit('org/plan', "
+        "[Delete('claims/group-0.json')], commit_message='Release group 0', repo_type='dataset', create_pr=True)"
+    )
+    bob("-c", code).check()
+    assert "refused: group 0 is held by alice, not by bob" in flat(alice("accept", PLAN).check())
+    assert GROUP_0 in plan_state(world).files
     # A maintainer releases what another holds.
     assert "which alice held" in flat(alice("release", PLAN, "--group", 0, user="carol").check())
     assert GROUP_0 not in plan_state(world).files
