@@ -102,3 +102,16 @@ def read(hub: HubServer, kind: str, repo_id: str, path: str, revision: str = "ma
     repo = hub.hub.repos[kind, repo_id]
     raw = repo.read(repo.resolve(revision), path)
     return None if raw is None else json.loads(raw)
+
+
+def head(hub: HubServer, kind: str, repo_id: str) -> str:
+    """The commit of main."""
+    return str(hub.hub.repos[kind, repo_id].resolve("main").id)
+
+
+def everything(hub: HubServer) -> bytes:
+    """Every byte of every file at every head."""
+    found = [path.read_bytes() for path in (hub.hub.root / "lfs").iterdir()]
+    for repo in hub.hub.repos.values():
+        found += [repo.git[entry.oid].data for entry in repo.entries(repo.resolve("main")) if not entry.is_folder]
+    return b"\n".join(found)
