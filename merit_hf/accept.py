@@ -7,6 +7,7 @@ author changes after the check, and no other file in it, ever reaches the plan.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -44,6 +45,7 @@ from merit_hf.text import escape_markdown, one_line
 from merit_hf.verify import verify_checkpoints
 
 _TRIES = 5
+_OUR_TITLE = re.compile(r"(Claim|Release|Contribute) group \d+", re.ASCII)
 _E = TypeVar("_E", Claim, Contribution)
 
 
@@ -118,6 +120,9 @@ def _proposal(plan: PartitionPlan, request: PullRequest) -> tuple[str, int, byte
     )
     entries = [path for path in changed if entry_of(path)]
     if not entries:
+        if _OUR_TITLE.fullmatch(request.title):
+            # `claim` and `status` go by titles: left open, it would keep the group from everybody else.
+            raise _RefusedError("it is named like one of merit's and holds no entry")
         return None
     if len(changed) > 1:
         raise _RefusedError(f"it changes {len(changed)} files ({', '.join(changed[:3])}), where an entry is one file")
@@ -158,10 +163,10 @@ def _take_release(plan: PartitionPlan, request: PullRequest, group: int) -> str:
     def write(registry: Registry) -> dict[str, bytes] | None:
         held = registry.claims.get(group)
         if held is None:
-            raise _RefusedError(f"group {group} is not claimed")
+            return None
         if held.claimant != request.author:
             raise _RefusedError(f"group {group} is held by {held.claimant}, not by {request.author}")
-        return None
+        return {}
 
     _write(plan, write, f"Release group {group} for {request.author} (#{request.num})", claim_path(group))
     return f"group {group} is free again"
@@ -176,8 +181,10 @@ def _take_contribution(
     if entry.contributor != request.author:
         raise _RefusedError(f"it contributes for {entry.contributor}, and {request.author} opened it")
     registry = load_registry(plan)
-    _free_for(plan, registry, group, request.author)
     source = HubSource(entry.repo_id, entry.revision)
+    if _is_taken(registry, entry):
+        return f"{source.name} is group {group}'s checkpoint already"
+    _free_for(plan, registry, group, request.author)
     accepted = [HubSource(c.repo_id, c.revision) for _, c in sorted(registry.contributions.items())]
     if level != "manifest":
         # A base that is not here is not the contributor's fault.
@@ -197,11 +204,19 @@ def _take_contribution(
         raise _RefusedError(f"the checkpoint is of group {first.group}, the entry says {group}")
 
     def write(current: Registry) -> dict[str, bytes] | None:
+        if _is_taken(current, entry):
+            return None
         _free_for(plan, current, group, request.author)
         return {contribution_path(group): replace(entry, level=level).to_bytes()}
 
     _write(plan, write, f"Accept {entry.repo_id} for group {group} (#{request.num})")
     return f"{entry.repo_id}@{entry.revision[:12]} is group {group}'s checkpoint: {len(first.checks)} checks passed"
+
+
+def _is_taken(registry: Registry, entry: Contribution) -> bool:
+    """Whether this very checkpoint was accepted before, by a run whose last words the Hub did not get."""
+    accepted = registry.contributions.get(entry.group)
+    return accepted is not None and replace(accepted, level=entry.level) == entry
 
 
 def _parsed(plan: PartitionPlan, kind: type[_E], raw: bytes, path: str, group: int) -> _E:
@@ -221,11 +236,16 @@ def _free_for(plan: PartitionPlan, registry: Registry, group: int, user: str) ->
 def _write(
     plan: PartitionPlan, decide: Callable[[Registry], dict[str, bytes] | None], message: str, delete: str | None = None
 ) -> None:
-    """Commit what `decide` says of the registry as it is now; decided anew where somebody else was faster."""
+    """Commit what `decide` says of the registry as it is now; decided anew where somebody else was faster.
+
+    None: the registry holds it already, such as after a commit whose answer was lost.
+    """
     repo_id = plan_repo(plan)
     for _ in range(_TRIES):
         registry = load_registry(plan)
-        files = decide(registry) or {}
+        files = decide(registry)
+        if files is None:
+            return
         try:
             commit(repo_id, "dataset", files, message, delete=[delete] if delete else [], parent=registry.revision)
         except LostRaceError:

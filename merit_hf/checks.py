@@ -15,7 +15,7 @@ from typing import Any
 
 from merit_hf.checkpoint import SIDE_FOLDERS, TensorInfo, read_tensor_index
 from merit_hf.config import MeritError
-from merit_hf.hub import fetch_files, is_plain_path, list_files, read_tensor_headers
+from merit_hf.hub import HubUnavailableError, fetch_files, is_plain_path, list_files, read_tensor_headers
 from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, TRAINER_STATE, is_part, parse_manifest, read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.sources import FolderSource, Source
@@ -152,6 +152,8 @@ def _manifest(source: Source, checks: list[Check]) -> dict[str, Any] | None:
         if source.sizes[MANIFEST_NAME] > MAX_BYTES:
             raise MeritError(f"it has {source.sizes[MANIFEST_NAME]:,} bytes")
         manifest = parse_manifest(source.read(MANIFEST_NAME, MAX_BYTES), MANIFEST_NAME)
+    except HubUnavailableError:
+        raise
     except MeritError as error:
         checks.append(Check(MANIFEST_NAME, wanted, shorten(str(error)), False))
         return None
@@ -226,6 +228,8 @@ def tensor_check(source: Source, expected: Mapping[str, TensorInfo]) -> Check:
     stated = f"{len(expected)} named, shaped and typed as in the base"
     try:
         found = source.tensors()
+    except HubUnavailableError:
+        raise
     except MeritError as error:
         return Check("tensors", stated, shorten(str(error).replace(f"{source.name}/", "")), False)
     wrong = [f"{name} is missing" for name in sorted(set(expected) - set(found))]

@@ -269,11 +269,16 @@ def _propose_claim(plan: PartitionPlan, entry: Claim) -> str:
     commit(repo_id, "dataset", {claim_path(entry.group): entry.to_bytes()}, title, create_pr=True)
     # Another may have asked in the same moment; the Hub numbers them in order.
     waiting = requests()
-    mine = next(pr for pr in waiting if pr.author == entry.claimant)
-    if waiting[0].author != entry.claimant:
-        close_pull_request(repo_id, mine.num, f"Pull request #{waiting[0].num} was first.")
-    check_first(waiting[0])
-    return _pending(entry, mine.num, repo_id)
+    if waiting and waiting[0].author != entry.claimant:
+        for pr in waiting:
+            if pr.author == entry.claimant:
+                close_pull_request(repo_id, pr.num, f"Pull request #{waiting[0].num} was first.")
+        check_first(waiting[0])
+    if not waiting:
+        raise MeritError(
+            f"your claim of group {entry.group} was decided in the same moment. See `merit status {repo_id}`."
+        )
+    return _pending(entry, waiting[0].num, repo_id)
 
 
 def _pending(entry: Claim, num: int, repo_id: str) -> str:

@@ -18,9 +18,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.errors import HTTPError
 
 from merit_hf.config import REASONING_GYM, ConfigError, DatasetSection
-from merit_hf.hub import pin_revision
+from merit_hf.hub import HubUnavailableError, arrived_whole, is_unavailable, pin_revision
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _MAPPED = ("prompt", "completion", "messages", "text")
@@ -174,13 +175,24 @@ def format_digest(digest: int) -> str:
     return f"{digest % _DIGEST_MODULUS:064x}"
 
 
+def _read_from_hub(spec: DatasetSection, path: str, split: str, revision: str | None, where: str) -> datasets.Dataset:
+    def load(again: bool) -> datasets.Dataset:
+        mode = datasets.DownloadMode.FORCE_REDOWNLOAD if again else None
+        return datasets.load_dataset(path, spec.config, split=split, revision=revision, download_mode=mode)
+
+    try:
+        return arrived_whole(path, revision, "dataset", load) if revision is not None else load(False)
+    except (ValueError, OSError, HTTPError, HubUnavailableError, datasets.exceptions.DatasetGenerationError) as error:
+        said = " ".join(str(error).split())
+        if is_unavailable(error) or is_unavailable(error.__cause__ or error):
+            raise HubUnavailableError(f"{where}: cannot be loaded now: {said}. Run the command again.") from error
+        raise ConfigError(f"{where}: cannot be loaded from the Hub: {said}") from error
+
+
 def _read(spec: DatasetSection, path: str, split: str, root: Path, revision: str | None) -> datasets.Dataset:
     where = f"datasets.{spec.name}.path={path!r}"
     if not is_local(path, root):
-        try:
-            return datasets.load_dataset(path, spec.config, split=split, revision=revision)
-        except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-            raise ConfigError(f"{where}: cannot be loaded from the Hub: {' '.join(str(error).split())}") from error
+        return _read_from_hub(spec, path, split, revision, where)
     file = (root / path).expanduser()
     if not file.exists():
         near = difflib.get_close_matches(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -19,7 +21,10 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     SafetensorsParsingError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import SafetensorsFileMetadata
+from huggingface_hub.utils.sha import git_hash
 
 from merit_hf.checkpoint import TensorInfo
 from merit_hf.config import ConfigError, MeritError
@@ -30,6 +35,8 @@ _IGNORED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "
 # One folder deep at most, no leading dot, nothing that a shell, a URL or a glob would read as anything but a name.
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_][\w.+=-]*(/[A-Za-z0-9_][\w.+=-]*)?", re.ASCII)
 MAX_FILES = 1000
+_T = TypeVar("_T")
+_NO_HEADER = (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError)
 # 1,000 datasets have a million pairs of 24 bytes.
 _MAX_PLAN_BYTES = 256 << 20
 
@@ -94,7 +101,8 @@ def pin_revision(repo_id: str, revision: str | None, repo_type: str, where: str)
         ) from error
     except (OfflineModeIsEnabled, HTTPError, OSError) as error:
         raise HubUnavailableError(
-            f"{where}: `{repo_id}` is no existing path, and the Hub cannot be reached: {error}"
+            f"{where}: `{repo_id}` is no existing path, and the Hub cannot be reached: {_one_line(error)}. Run the "
+            "command again."
         ) from error
     return str(info.sha)
 
@@ -128,8 +136,84 @@ def fetch_files(repo_id: str, revision: str, repo_type: str, paths: Iterable[str
     odd = [path for path in wanted if not is_plain_path(path)]
     if odd:
         raise MeritError(f"`{repo_id}`: file name {odd[0]!r} is not a plain name, so it is not downloaded.")
-    with hub_errors(f"downloading `{repo_id}@{revision[:12]}`"):
+
+    def download(again: bool) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, repo_type=repo_type, allow_patterns=wanted))
+
+    with hub_errors(f"downloading `{repo_id}@{revision[:12]}`"):
+        return arrived_whole(repo_id, revision, repo_type, download)
+
+
+def arrived_whole(repo_id: str, revision: str, repo_type: str, download: Callable[[bool], _T]) -> _T:
+    """`download(again)`, and what it has added to the cache held against the Hub's hashes.
+
+    The client holds a download against its size alone, and keeps it. A file of other content is deleted and the
+    download done once more (`again=True`), so that it can poison no later command.
+
+    Args:
+        revision: a commit sha.
+
+    Raises:
+        HubUnavailableError: a file arrived damaged twice.
+    """
+    folder = _cached_snapshot(repo_id, revision, repo_type)
+    before = _files_below(folder)
+    for again in (False, True):
+        try:
+            result = download(again)
+        except Exception:
+            # What cannot be read may be unreadable because it is damaged.
+            if again or not _drop_damaged(repo_id, revision, repo_type, folder, before):
+                raise
+            continue
+        damaged = _drop_damaged(repo_id, revision, repo_type, folder, before)
+        if not damaged:
+            return result
+    raise HubUnavailableError(f"{damaged[0]} of `{repo_id}` arrived damaged twice. Run the command again.")
+
+
+def _cached_snapshot(repo_id: str, revision: str, repo_type: str) -> Path:
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type=repo_type), "snapshots", revision)
+
+
+def _files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _drop_damaged(repo_id: str, revision: str, repo_type: str, folder: Path, known: set[str]) -> list[str]:
+    """Delete those files below `folder`, `known` ones aside, that are not what the Hub has; returns their names."""
+    new = sorted(_files_below(folder) - known)
+    if not new:
+        return []
+    described = HfApi().get_paths_info(repo_id, new, revision=revision, repo_type=repo_type)
+    listed = [
+        HubFile(entry.path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
+        for entry in described
+        if isinstance(entry, RepoFile)
+    ]
+    damaged = [file.path for file in listed if not _is_whole(folder / file.path, file)]
+    for path in damaged:
+        # The snapshot links to a blob, which other commits may link to as well.
+        (folder / path).resolve().unlink()
+        (folder / path).unlink(missing_ok=True)
+    return damaged
+
+
+def _is_whole(path: Path, file: HubFile) -> bool:
+    """Whether a file here has the content that the Hub lists: its sha256, or git's hash of it."""
+    if file.sha256 is None:
+        return git_hash(path.read_bytes()) == file.blob_id
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Whether a library's error in loading from the Hub means that the Hub failed, not that nothing is there."""
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return error.response.status_code not in (401, 403, 404)
+    if isinstance(error, HubUnavailableError):
+        return True
+    return isinstance(error, HTTPError | OSError) and not isinstance(error, FileNotFoundError)
 
 
 def read_file(repo_id: str, revision: str, repo_type: str, file: HubFile, max_bytes: int) -> bytes:
@@ -141,7 +225,19 @@ def read_file(repo_id: str, revision: str, repo_type: str, file: HubFile, max_by
     if file.size > max_bytes:
         raise MeritError(f"`{repo_id}`: {file.path} has {file.size:,} bytes, at most {max_bytes:,} are read.")
     with hub_errors(f"reading {file.path} of `{repo_id}@{revision[:12]}`"):
-        return Path(hf_hub_download(repo_id, file.path, revision=revision, repo_type=repo_type)).read_bytes()
+        for again in (False, True):
+            local = hf_hub_download(
+                repo_id, file.path, revision=revision, repo_type=repo_type, force_download=again
+            )  # fmt: skip
+            if _is_whole(Path(local), file):
+                return Path(local).read_bytes()
+        Path(local).unlink()
+        raise HubUnavailableError(f"{file.path} of `{repo_id}` arrived damaged twice. Run the command again.")
+
+
+def _read_header(repo_id: str, revision: str, file: str) -> SafetensorsFileMetadata:
+    with hub_errors(f"reading the header of {file} in `{repo_id}`"):
+        return HfApi().parse_safetensors_file_metadata(repo_id, file, revision=revision)
 
 
 def read_tensor_headers(repo_id: str, revision: str, files: Iterable[str]) -> dict[str, TensorInfo]:
@@ -153,10 +249,13 @@ def read_tensor_headers(repo_id: str, revision: str, files: Iterable[str]) -> di
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         try:
-            with hub_errors(f"reading the header of {file} in `{repo_id}`"):
-                header = HfApi().parse_safetensors_file_metadata(repo_id, file, revision=revision)
-        except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MeritError(f"{file}: not a safetensors file: {_one_line(error)}") from error
+            header = _read_header(repo_id, revision, file)
+        except _NO_HEADER:
+            # Nobody is refused for bytes that were damaged on their way here: those come out right the second time.
+            try:
+                header = _read_header(repo_id, revision, file)
+            except _NO_HEADER as error:
+                raise MeritError(f"{file}: not a safetensors file: {_one_line(error)}") from error
         for name, info in header.tensors.items():
             if name in tensors:
                 raise MeritError(f"tensor {name} is in both {tensors[name].file} and {file}")
@@ -188,8 +287,12 @@ def fetch_sketches(repo_id: str, revision: str, name: str) -> None:
 
 def fetch_model(repo_id: str, revision: str) -> Path:
     """The local snapshot of a model repo at a commit: safetensors and side files, never pickles."""
-    with hub_errors(f"downloading `{repo_id}@{revision[:12]}`"):
+
+    def download(again: bool) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=_IGNORED))
+
+    with hub_errors(f"downloading `{repo_id}@{revision[:12]}`"):
+        return arrived_whole(repo_id, revision, "model", download)
 
 
 def fetch_folder(repo_id: str, revision: str, folder: str, into: Path) -> Path | None:
@@ -232,9 +335,10 @@ def current_user() -> tuple[str, list[str]]:
     try:
         owner = HfApi().whoami()
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code >= 500:
+        status = error.response.status_code if error.response is not None else None
+        if status not in (401, 403):
             raise HubUnavailableError(
-                f"asking who you are: the Hub answered HTTP {error.response.status_code}. Run the command again."
+                f"asking who you are: the Hub answered HTTP {status}. Run the command again."
             ) from error
         raise ConfigError("the Hub does not know you. Log in with `hf auth login`.") from error
     except HTTPError as error:
@@ -247,4 +351,4 @@ def current_user() -> tuple[str, list[str]]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()).rstrip(".")

@@ -22,7 +22,8 @@ LFS_SUFFIXES = (".arrow", ".bin", ".gz", ".msgpack", ".npy", ".npz", ".onnx", ".
 LFS_THRESHOLD = 10 * 1024**2  # bytes: above it text goes to LFS too, as on the Hub
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---(\r?\n|\Z)", re.DOTALL)
-ORGANISATIONS = {"alice": ["org"], "bob": []}  # the two accounts and where else they may write
+# The accounts, and where else they may write: two members of `org`, two strangers.
+ORGANISATIONS = {"alice": ["org"], "bob": [], "carol": ["org"], "dave": []}
 
 
 class HubError(Exception):
