@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from merit_hf.checkpoint import SIDE_FOLDERS, TensorInfo, read_tensor_index
-from merit_hf.config import MeritError
-from merit_hf.hub import is_plain_path, list_files, read_tensor_headers
+from merit_hf.config import ConfigError, MeritError
+from merit_hf.hub import MAX_FILES, HubUnavailableError, is_plain_path, list_files, read_tensor_headers
 from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, TRAINER_STATE, is_part, parse_manifest, read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.sources import FolderSource, Source
@@ -61,6 +61,12 @@ def manifest_checks(plan: PartitionPlan, source: Source) -> tuple[list[Check], i
     """
     on_hub = not isinstance(source, FolderSource)
     checks = [Check("revision", "a commit", str(source.revision), True)] if on_hub else []
+    try:
+        source.sizes  # noqa: B018
+    except (HubUnavailableError, ConfigError):
+        raise
+    except MeritError as error:
+        return [*checks, Check("number of files", f"at most {MAX_FILES}", shorten(str(error)), False)], None
     manifest = _manifest(source, checks)
     if manifest is None:
         return checks, None
@@ -72,19 +78,19 @@ def manifest_checks(plan: PartitionPlan, source: Source) -> tuple[list[Check], i
     planned = plan.group(number)
     base, datasets = _mapping(manifest.get("base")), manifest.get("datasets")
     members = [_mapping(member) for member in datasets] if isinstance(datasets, list) else []
-    expected = {member.name: member.fingerprint for member in plan.members(number)}
+    expected, steps = {member.name: member.fingerprint for member in plan.members(number)}, manifest.get("num_steps")
     checks += [
         compare("status", "complete", manifest.get("status")),
         *_listing_checks(plan, source),
         compare("group_sha256", planned.group_sha256, manifest.get("group_sha256")),
         compare("base weights", plan.base["weights_sha256"], base.get("weights_sha256")),
         compare("chat template", plan.base["chat_template_sha256"], base.get("chat_template_sha256")),
-        _compare_mappings("datasets", expected, {str(m.get("name")): m.get("fingerprint") for m in members}),
+        _compare_mappings("datasets", expected, {shorten(m.get("name")): m.get("fingerprint") for m in members}),
         _compare_mappings("SFT settings", plan.group_sft(number), _mapping(manifest.get("sft"))),
-        compare("num_steps", planned.num_steps, manifest.get("num_steps")),
+        compare("num_steps", planned.num_steps, steps, type(steps) is int and steps == planned.num_steps),
         *_token_checks(plan, number, manifest),
         _recorded_files(source, manifest),
-        _tensor_check(source, base_tensors(plan)),
+        tensor_check(source, base_tensors(plan)),
     ]
     return checks, number
 
@@ -109,7 +115,10 @@ def compare(name: str, expected: Any, found: Any, ok: bool | None = None) -> Che
 
 def shorten(value: Any) -> str:
     """Whatever `value` is, as one line of at most 120 characters."""
-    return one_line(value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str), 120)
+    try:
+        return one_line(value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str), 120)
+    except RecursionError:
+        return "something nested too deeply to show"
 
 
 def _listing_checks(plan: PartitionPlan, source: Source) -> list[Check]:
@@ -197,7 +206,8 @@ def _recorded_files(source: Source, manifest: dict[str, Any]) -> Check:
     return Check("files", f"the {len(recorded)} in the manifest", _listed(wrong, "; ") or "the same", not wrong)
 
 
-def _tensor_check(source: Source, expected: Mapping[str, TensorInfo]) -> Check:
+def tensor_check(source: Source, expected: Mapping[str, TensorInfo]) -> Check:
+    """Names, shapes and dtypes against the base's."""
     stated = f"{len(expected)} named, shaped and typed as in the base"
     try:
         found = source.tensors()

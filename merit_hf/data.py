@@ -23,6 +23,8 @@ from merit_hf.config import ConfigError, DatasetSection
 from merit_hf.hub import pin_revision
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# What `datasets.load_dataset` takes for a file format, and would then read the files of the current folder.
+_BUILDERS = frozenset(datasets.packaged_modules._PACKAGED_DATASETS_MODULES)
 _MAPPED = ("prompt", "completion", "messages", "text")
 _EXTRA = ("tools", "chat_template_kwargs")
 _DIGEST_MODULUS = 1 << 256
@@ -172,6 +174,11 @@ def format_digest(digest: int) -> str:
 def _read(spec: DatasetSection, path: str, split: str, root: Path, revision: str | None) -> datasets.Dataset:
     where = f"datasets.{spec.name}.path={path!r}"
     if not is_local(path, root):
+        if Path(path).exists() or path in _BUILDERS:
+            # `datasets` would take the files of this folder for the repo.
+            raise ConfigError(
+                f"{where}: is meant as a Hub id, and names a folder here or a file format. Run it from another folder."
+            )
         try:
             return datasets.load_dataset(path, spec.config, split=split, revision=revision)
         except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from merit_hf.checkpoint import TensorInfo
+from merit_hf.checkpoint import TensorInfo, tensor_info
 from merit_hf.config import ConfigError, MeritError
 
 # Weights in pickle files are never fetched: nothing here reads them.
@@ -155,12 +155,15 @@ def read_tensor_headers(repo_id: str, revision: str, files: Iterable[str]) -> di
         try:
             with hub_errors(f"reading the header of {file} in `{repo_id}`"):
                 header = HfApi().parse_safetensors_file_metadata(repo_id, file, revision=revision)
-        except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found = {
+                name: tensor_info(info.dtype, info.shape, file, *info.data_offsets)
+                for name, info in header.tensors.items()
+            }
+        except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MeritError(f"{file}: not a safetensors file: {_one_line(error)}") from error
-        for name, info in header.tensors.items():
-            if name in tensors:
-                raise MeritError(f"tensor {name} is in both {tensors[name].file} and {file}")
-            tensors[name] = TensorInfo(info.dtype, tuple(info.shape), file, *info.data_offsets)
+        for name in found.keys() & tensors.keys():
+            raise MeritError(f"tensor {name} is in both {tensors[name].file} and {file}")
+        tensors |= found
     return dict(sorted(tensors.items()))
 
 

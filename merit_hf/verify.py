@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merit_hf.checks import Check, failed, manifest_checks
+from merit_hf.checks import Check, base_tensors, failed, manifest_checks, tensor_check
 from merit_hf.config import ConfigError
 from merit_hf.manifest import hash_files, read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
-from merit_hf.sources import ADAPTER_NAME, Source, open_source
+from merit_hf.sources import ADAPTER_NAME, FolderSource, Source, open_source
 
 LEVELS = ("manifest", "weights", "behaviour")
 
@@ -78,7 +78,7 @@ def verify_checkpoints(
     results = [Verified(source, *manifest_checks(plan, source), folder=None) for source in sources]
     if level == "manifest":
         return results
-    results = [_fetched(result) for result in results]
+    results = [_fetched(plan, result) for result in results]
     results = _with_weights(plan, results)
     if level == "weights":
         return results
@@ -88,7 +88,7 @@ def verify_checkpoints(
     ]
 
 
-def _fetched(result: Verified) -> Verified:
+def _fetched(plan: PartitionPlan, result: Verified) -> Verified:
     """With the files here, and their checksums against the manifest."""
     if not result.ok:
         return result
@@ -101,7 +101,12 @@ def _fetched(result: Verified) -> Verified:
         f"{', '.join(wrong[:3])} has changed" if wrong else "the same",
         not wrong,
     )
-    return Verified(result.source, [*result.checks, check], result.group, folder)
+    checks = [*result.checks, check]
+    if not isinstance(result.source, FolderSource):
+        # Whoever can alter what a server sends can send one header to a range request and another to a download.
+        again = tensor_check(FolderSource(folder), base_tensors(plan))
+        checks += [] if again.ok else [again]
+    return Verified(result.source, checks, result.group, folder)
 
 
 def _with_weights(plan: PartitionPlan, results: Sequence[Verified]) -> list[Verified]:

@@ -37,6 +37,7 @@ ROAD = [
     "hub",
     "hub_write",
     "registry",
+    "identity",
     "untrusted",
     "licences",
     "sft",
