@@ -31,6 +31,8 @@ _FACTOR = 10.0
 _TENSOR_FACTOR = 3.0
 # A random direction has |cosine| below 5/√n with probability 1 − 6e-7.
 _DIRECTION = 5.0
+# TODOVALUE
+_SAME = 0.98
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def movement_checks(movement: Movement, k: int, sft: Mapping[str, Any], steps: S
             _displacement(movement, k, others, steps),
             _shape(movement, k, others),
             _turned(movement, k, others),
+            _own(movement, k, others),
         ]
     return checks
 
@@ -185,7 +188,14 @@ def _turned(movement: Movement, k: int, others: Sequence[int]) -> Check:
     highest = max(cosines, key=abs)
     least = _DIRECTION / math.sqrt(movement.sizes.sum())
     wanted = f"|cosine| with some other group above {least:.2g}, which noise does not reach"
-    return Check("direction", wanted, f"{highest:.3g}", abs(highest) > least)
+    return Check("direction", wanted, f"{highest:.3g}", bool(abs(highest) > least))
+
+
+def _own(movement: Movement, k: int, others: Sequence[int]) -> Check:
+    """Another group's weights under this group's manifest move as that group's do, and better than the base, too."""
+    norms = np.sqrt(movement.squares.sum(axis=1))
+    highest = max(float(movement.gram[k, j] / (norms[k] * norms[j])) for j in others)
+    return Check("own weights", f"cosine with no other group above {_SAME:g}", f"{highest:.3g}", highest <= _SAME)
 
 
 class _Reader:
