@@ -71,18 +71,18 @@ def verify_checkpoints(
     """[`verify_checkpoint`] for several at once: their weights are read once, and compared with each other.
 
     Args:
-        num_asked: only the first so many are looked at beyond their weights. Default: all.
+        num_asked: only the first so many are judged; the others are what they are compared with. Default: all.
     """
     if level not in LEVELS:
         raise ConfigError(f"level {level!r}: expected one of {', '.join(LEVELS)}.")
     results = [Verified(source, *manifest_checks(plan, source), folder=None) for source in sources]
     if level == "manifest":
         return results
-    results = [_fetched(plan, result) for result in results]
-    results = _with_weights(plan, results)
+    count = len(results) if num_asked is None else num_asked
+    if any(result.ok for result in results[:count]):
+        results = _with_weights(plan, [_fetched(plan, result) for result in results], count)
     if level == "weights":
         return results
-    count = len(results) if num_asked is None else num_asked
     return [
         _with_behaviour(plan, result, progress) if index < count else result for index, result in enumerate(results)
     ]
@@ -109,7 +109,7 @@ def _fetched(plan: PartitionPlan, result: Verified) -> Verified:
     return Verified(result.source, checks, result.group, folder)
 
 
-def _with_weights(plan: PartitionPlan, results: Sequence[Verified]) -> list[Verified]:
+def _with_weights(plan: PartitionPlan, results: Sequence[Verified], count: int) -> list[Verified]:
     from merit_hf.behaviour import side_checks
     from merit_hf.movement import measure_movement, movement_checks
 
@@ -122,10 +122,12 @@ def _with_weights(plan: PartitionPlan, results: Sequence[Verified]) -> list[Veri
     movement = measure_movement(base, folders, file)
     numbers = [result.group for result in sound if result.group is not None]
     steps = [plan.group(number).num_steps for number in numbers]
+    asked = {id(result) for result in results[:count]}
     added: Mapping[int, list[Check]] = {
         id(result): side_checks(plan, folders[k], base)
         + movement_checks(movement, k, plan.group_sft(numbers[k]), steps)
         for k, result in enumerate(sound)
+        if id(result) in asked
     }
     return [
         Verified(result.source, [*result.checks, *added.get(id(result), [])], result.group, result.folder)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,7 +318,6 @@ def seen(plan: PartitionPlan, honest: list[Path], tmp_path_factory: pytest.TempP
     """name → (its checks, the downloads of weights it cost)."""
     folder, repos = tmp_path_factory.mktemp("shop"), {}
     with HubServer() as hub:
-        hub.hub.tokens  # noqa: B018
         for number, (name, make) in enumerate({**{n: m for n, (_, m) in BAD.items()}, **HONEST}.items()):
             shop = copy_of(honest, plan.base_folder(), folder / str(number))
             make(shop)
@@ -324,9 +325,15 @@ def seen(plan: PartitionPlan, honest: list[Path], tmp_path_factory: pytest.TempP
             publish(hub, repos[name], shop)
             shutil.rmtree(shop.folder)
         others = [str(path) for path in honest[1:]]
-        jobs = [{"checkpoint": repo, "others": others, "level": "weights"} for repo in repos.values()]
+        jobs = [
+            {"checkpoint": repo, "others": [] if name in BEFORE_WEIGHTS else others, "level": "weights"}
+            for name, repo in repos.items()
+        ]
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        done = hub.run(RUN, str(folder / "jobs.json"), str(plan.folder), str(folder / "found.json"), user="alice")
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, str(folder / "jobs.json"), str(plan.folder), str(folder / "found.json")],
+            env=hub.environ("alice"), cwd=folder, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         found = json.loads((folder / "found.json").read_text())
         whole = {
@@ -335,6 +342,7 @@ def seen(plan: PartitionPlan, honest: list[Path], tmp_path_factory: pytest.TempP
                    and not e.range]
             for name, repo in repos.items()
         }  # fmt: skip
+    if "MERIT_KEEP" in __import__("os").environ: shutil.copy(folder / "found.json", "/tmp/w/bc_found.json"); Path("/tmp/w/bc_repos.json").write_text(json.dumps([repos, whole]))
     assert not list(folder.parent.rglob("evil*"))
     return {name: (found[repo], whole[name]) for name, repo in repos.items()}
 
