@@ -1,7 +1,9 @@
 # make demo      set up and run the quickstart: a real model, a real mixture, one merged model
 # make test      set up and run the tests (make test-all: the slow ones too)
+# make browser   install Chromium, which the tests of the report open, where there is none (Debian, Ubuntu)
 # make quality   lint, format, types, import directions
-# make bench     the benchmarks, into benchmarks/results
+# make bench     the benchmarks, into benchmarks/results (make bench-merge: the merge against the disk and mergekit)
+# make screenshots  docs/tour.md and its pictures, from a finished quickstart
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/quickstart
 
-.PHONY: demo test test-slow test-all bench quality format clean
+.PHONY: demo test test-slow test-all browser bench bench-merge screenshots quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt
@@ -24,7 +26,7 @@ $(VENV)/demo.done: $(VENV)/base.done recipes/quickstart/requirements.txt recipes
 	touch $@
 
 $(VENV)/dev.done: $(VENV)/base.done
-	$(PIP) --editable ".[dev,mergekit]"
+	$(PIP) --editable ".[dev,mergekit,eval]"
 	touch $@
 
 demo: $(VENV)/demo.done
@@ -38,8 +40,20 @@ test-slow: $(VENV)/dev.done $(VENV)/demo.done
 
 test-all: test test-slow
 
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name && exit; done; \
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	$$sudo apt-get update && $$sudo apt-get install --yes --no-install-recommends chromium
+
 bench: $(VENV)/demo.done
 	$(BIN)/python benchmarks/quickstart_checks.py $(RUN) --output benchmarks/results/quickstart.md
+
+bench-merge: $(VENV)/demo.done $(VENV)/dev.done
+	$(BIN)/python benchmarks/merge_speed.py $(RUN) --output benchmarks/results/merge.md
+
+# The tour and the pictures of the report, from a finished quickstart.
+screenshots: $(VENV)/dev.done
+	$(BIN)/python docs/make_tour.py $(RUN)/run
 
 quality: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from merit_hf.config import ConfigError as ConfigError
     from merit_hf.config import MeritConfig as MeritConfig
     from merit_hf.config import MeritError as MeritError
+    from merit_hf.diagnosis import diagnose as diagnose
     from merit_hf.evaluate import evaluate_models as evaluate_models
     from merit_hf.group_merge import merge_groups as merge_groups
     from merit_hf.plan import PartitionPlan as PartitionPlan
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "ConfigError": "config", "MeritCallback": "callback", "MeritConfig": "config", "MeritError": "config",
     "MeritPlanner": "planner", "PartitionPlan": "plan", "evaluate_models": "evaluate", "merge_groups": "group_merge",
-    "train_group": "training", "verify_checkpoint": "verify",
+    "diagnose": "diagnosis", "train_group": "training", "verify_checkpoint": "verify",
 }  # fmt: skip
 __all__ = sorted(_WHERE)
 __version__ = "0.1.0"

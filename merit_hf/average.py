@@ -1,71 +1,57 @@
-"""The weighted mean of checkpoints, θ̄ = Σ w_k θ_k, tensor by tensor: summed in float64, rounded once.
+"""The weighted mean of checkpoints, θ̄ = Σ w_k θ_k: summed in float64, rounded once.
 
     base, *groups = align(base_folder, group_folders)
     average = Average(base, groups, fractions)
-    for name in ...:
-        writer.write(name, average.pieces(name, torch.bfloat16))
+    for name, pieces in average.stream({"model.norm.weight": torch.bfloat16, ...}):
+        writer.write(name, pieces)
 
-By state-dict names alone: nothing here knows an architecture. Files are mapped; memory is a piece of each tensor.
+Files are mapped and read ahead; threads compute blocks while earlier ones are written. Memory is a few blocks.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
-from merit_hf.checkpoint import TensorInfo, read_model_config, read_tensor_index
+from merit_hf.align import Checkpoint, bits
 from merit_hf.config import MeritError
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_EXACT = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
-_PIECE = 1 << 17  # elements: 1 MB in float64 stays in the cache, which more than halves the time
+_CPU_BLOCK = 1 << 18  # elements: in float64 they stay in the cache, and Python's own time for them does not matter
+_DEVICE_BLOCK = 1 << 22
+_AHEAD = 32  # blocks that are being read and computed while earlier ones are written
+_MAX_THREADS = 8  # beyond, Python's lock is the limit
+# The last bits (mask, value) of every float32 that lies on the middle of two neighbours in a 16-bit dtype.
+_TAILS = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0x0FFF, 0)}
 
 
-class Checkpoint:
-    """Tensors of a folder, mapped from disk and opened on first use.
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive elements of one tensor in every checkpoint."""
 
-    Attributes:
-        folder (`Path`): where it lies.
-        tensors (`dict[str, TensorInfo]`): what takes part in the merge.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.tensors = read_tensor_index(self.folder)
-        self._files: dict[str, Any] = {}
-
-    def flat(self, name: str) -> torch.Tensor:
-        """Tensor `name` as [num_elements], read as its pages are touched."""
-        file = self.tensors[name].file
-        if file not in self._files:
-            self._files[file] = safe_open(self.folder / file, framework="pt")
-        return self._files[file].get_tensor(name).reshape(-1)
+    name: str
+    start: int
+    dtype: torch.dtype
+    origin: torch.Tensor
+    parts: list[torch.Tensor]
+    result: torch.Tensor | None
 
 
-def align(base: Path, folders: Sequence[Path]) -> list[Checkpoint]:
-    """Open base and groups after checking, by headers, that they hold the same tensors.
+@dataclass(frozen=True)
+class _Written:
+    """The merged elements of a block, and [‖θ̄ − θ0‖², ‖written − θ̄‖², ‖θ_k − θ0‖² …] over it."""
 
-    A tied tensor (say `lm_head.weight`) that only some of them store is left out, as transformers does when it saves.
-
-    Raises:
-        MeritError: keys, shapes or kinds of dtype differ (the first three are named), or the weights are quantised.
-    """
-    checkpoints = [Checkpoint(folder) for folder in (base, *folders)]
-    for checkpoint in checkpoints:
-        _refuse_quantised(checkpoint)
-    shared = set.intersection(*(set(checkpoint.tensors) for checkpoint in checkpoints))
-    if any(len(checkpoint.tensors) > len(shared) for checkpoint in checkpoints) and _ties_embeddings(base):
-        for checkpoint in checkpoints:
-            for name in _aliases(checkpoint, shared):
-                del checkpoint.tensors[name]
-    for checkpoint in checkpoints[1:]:
-        _compare(checkpoints[0], checkpoint)
-    return checkpoints
+    name: str
+    data: torch.Tensor
+    squares: list[float]
 
 
 class Average:
@@ -75,10 +61,13 @@ class Average:
         base ([`Checkpoint`]): θ0, what displacements are measured from.
         groups (`Sequence[Checkpoint]`): θ_k.
         fractions (`Sequence[float]`): w_k, positive, summing to 1.
-        result ([`Checkpoint`], *optional*): a merged model whose values are written in place of the rounded mean.
+        result ([`Checkpoint`], *optional*): a merged model that takes the place of the mean.
+        device (`str`, *optional*, defaults to `"cpu"`): where the sums are made; needs float64.
+        threads (`int`, *optional*): blocks in work at once. Default: torch's number of threads, 8 at most.
 
     Attributes:
         squares (`dict[str, float]`), group_squares (`list[float]`): ‖θ̄ − θ0‖² and ‖written − θ̄‖²; ‖θ_k − θ0‖².
+            The same for any number of threads.
     """
 
     def __init__(
@@ -87,89 +76,154 @@ class Average:
         groups: Sequence[Checkpoint],
         fractions: Sequence[float],
         result: Checkpoint | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
     ) -> None:
         self._base, self._groups, self._fractions, self._result = base, groups, fractions, result
+        self._device = torch.device(device)
+        self._local = threading.local()
+        self._threads = threads or min(torch.get_num_threads(), _MAX_THREADS)
         self.squares = {"displacement": 0.0, "cast": 0.0}
         self.group_squares = [0.0] * len(groups)
 
-    def pieces(self, name: str, dtype: torch.dtype) -> Iterator[memoryview]:
-        """The bytes of merged tensor `name`, cast once to `dtype` where it is floating.
+    def stream(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Iterator[memoryview]]]:
+        """Name and bytes, in pieces, of every merged tensor, in the order of `dtypes`.
+
+        Args:
+            dtypes (`Mapping[str, torch.dtype]`): what a floating tensor is cast to, once; others keep their own.
 
         Raises:
-            MeritError: a checkpoint holds a non-finite value, the mean exceeds the range of `dtype`, or an integer or
-                boolean tensor is not the base's.
+            MeritError: a checkpoint holds a non-finite value, the mean exceeds the range of its dtype, or an integer
+                or boolean tensor is not the base's.
         """
-        origin = self._base.flat(name)
-        tensors = [group.flat(name) for group in self._groups]
-        result = None if self._result is None else self._result.flat(name)
-        if not origin.is_floating_point():
-            yield self._common(name, origin, tensors)
-            return
-        for start in range(0, origin.numel(), _PIECE):
-            rows = slice(start, start + _PIECE)
-            mean, finite = self._mean(origin[rows].to(torch.float64), [tensor[rows] for tensor in tensors])
-            cast = round_once(mean, dtype) if result is None else result[rows].to(dtype)
-            lost = _square(cast.to(torch.float64) - mean)
-            self.squares["cast"] += lost
-            if not (finite and math.isfinite(lost)):
-                self._refuse_non_finite(name, start, cast)
-            yield cast.view(torch.uint8).numpy().data
+        with closing(self._in_order(self._blocks(dtypes))) as done:
+            for name, written in itertools.groupby(done, key=lambda block: block.name):
+                yield name, (self._count(block) for block in written)
 
-    def _mean(self, origin: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, bool]:
-        """The mean of a piece in float64; False where the squares show that something in it may not be finite."""
-        mean = torch.empty_like(origin)
+    def _blocks(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[_Block]:
+        checkpoints = [self._base, *self._groups, *([self._result] if self._result else [])]
+        size = _CPU_BLOCK if self._device.type == "cpu" else _DEVICE_BLOCK
+        for name, dtype in dtypes.items():
+            origin, *others = [checkpoint.flat(name) for checkpoint in checkpoints]
+            # Integers are compared as a whole: there is nothing to add up.
+            step = size if origin.is_floating_point() else max(1, origin.numel())
+            for start in range(0, max(1, origin.numel()), step):
+                for checkpoint in checkpoints:
+                    checkpoint.read_ahead(name, start, start + step)
+                parts = [other[start : start + step] for other in others]
+                result = parts.pop() if self._result else None
+                yield _Block(name, start, dtype, origin[start : start + step], parts, result)
+
+    def _in_order(self, blocks: Iterator[_Block]) -> Generator[_Written, None, None]:
+        """The blocks' results in order, with a few of the next in work."""
+        pending: deque[Future[_Written]] = deque()
+        threads_of_torch = torch.get_num_threads()
+        # The blocks are spread over threads already; torch must not spread each operation on them once more.
+        with ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                for block in blocks:
+                    pending.append(pool.submit(self._work, block))
+                    if len(pending) > _AHEAD:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+                torch.set_num_threads(threads_of_torch)
+
+    def _count(self, block: _Written) -> memoryview:
+        displacement, cast, *groups = block.squares
+        self.squares["displacement"] += displacement
+        self.squares["cast"] += cast
+        self.group_squares = [total + square for total, square in zip(self.group_squares, groups, strict=True)]
+        return block.data.view(torch.uint8).numpy().data
+
+    def _work(self, block: _Block) -> _Written:
+        if not block.origin.is_floating_point():
+            self._refuse_other_integers(block)
+            return _Written(block.name, block.origin, [0.0] * (2 + len(self._groups)))
+        origin, mean, part = self._buffers(block.origin.numel())
+        origin.copy_(block.origin)
         moved = []
-        for index, (part, fraction) in enumerate(zip(parts, self._fractions, strict=True)):
-            part = part.to(torch.float64, copy=True)
+        for index, fraction in enumerate(self._fractions):
+            part.copy_(block.parts[index])
             if index == 0:
                 # Not 0 + w·x, which would turn −0 into 0: identical groups merge to their very bits.
                 torch.mul(part, fraction, out=mean)
             else:
                 mean.add_(part, alpha=fraction)
             moved.append(_square(part.sub_(origin)))
-            self.group_squares[index] += moved[-1]
-        moved.append(_square(mean - origin))
-        self.squares["displacement"] += moved[-1]
-        return mean, math.isfinite(sum(moved))
+        if block.result is not None:
+            mean.copy_(block.result)
+        displacement = _square(torch.sub(mean, origin, out=part))
+        cast = round_once(mean, block.dtype)
+        squares = [displacement, _square(torch.sub(cast, mean, out=part)), *moved]
+        written = cast.cpu()
+        if not math.isfinite(sum(squares)):
+            self._refuse_non_finite(block, written)
+        return _Written(block.name, written, squares)
 
-    def _common(self, name: str, origin: torch.Tensor, tensors: Sequence[torch.Tensor]) -> memoryview:
-        for group, tensor in zip(self._groups, tensors, strict=True):
-            if not torch.equal(_bits(origin), _bits(tensor)):
+    def _buffers(self, size: int) -> torch.Tensor:
+        """Three rows of float64 that a thread keeps: memory that is new for each block costs as much as the sums."""
+        kept = getattr(self._local, "buffers", None)
+        if kept is None or kept.shape[1] < size:
+            kept = self._local.buffers = torch.empty(3, size, dtype=torch.float64, device=self._device)
+        return kept[:, :size]
+
+    def _refuse_other_integers(self, block: _Block) -> None:
+        for group, part in zip(self._groups, block.parts, strict=True):
+            if not torch.equal(bits(block.origin), bits(part)):
                 raise MeritError(
-                    f"{group.folder}: tensor `{name}` ({self._base.tensors[name].dtype}) differs from the base's, and "
-                    "integers cannot be averaged. Every checkpoint must hold the base's values."
+                    f"{group.folder}: tensor `{block.name}` ({self._base.tensors[block.name].dtype}) differs from the "
+                    "base's, and integers cannot be averaged. Every checkpoint must hold the base's values."
                 )
-        return _bits(origin).numpy().data
 
-    def _refuse_non_finite(self, name: str, start: int, cast: torch.Tensor) -> None:
-        rows = slice(start, start + _PIECE)
-        for checkpoint in (self._base, *self._groups):
-            bad = (~torch.isfinite(checkpoint.flat(name)[rows])).nonzero()
+    def _refuse_non_finite(self, block: _Block, written: torch.Tensor) -> None:
+        """Name what is not finite in a block; squares that overflow by themselves pass."""
+        for checkpoint, part in zip((self._base, *self._groups), (block.origin, *block.parts), strict=True):
+            bad = (~torch.isfinite(part)).nonzero()
             if len(bad):
                 raise MeritError(
-                    f"{checkpoint.folder}: tensor `{name}` is not finite (NaN or infinity) at flat index "
-                    f"{start + int(bad[0])}. Make it again (a lower learning rate helps), or merge without it."
+                    f"{checkpoint.folder}: tensor `{block.name}` is not finite (NaN or infinity) at flat index "
+                    f"{block.start + int(bad[0])}. Make it again (a lower learning rate helps), or merge without it."
                 )
-        if not bool(torch.isfinite(cast).all()):
+        if block.result is not None and not bool(torch.isfinite(block.result).all()):
             raise MeritError(
-                f"tensor `{name}`: the merged values exceed the range of {dtype_name(cast.dtype)}. "
+                f"engine mergekit made tensor `{block.name}` not finite (NaN or infinity), of checkpoints that are. "
+                "Change merge.parameters, or merge with engine safetensors."
+            )
+        if not bool(torch.isfinite(written).all()):
+            raise MeritError(
+                f"tensor `{block.name}`: the merged values exceed the range of {dtype_name(block.dtype)}. "
                 "Set out_dtype to bfloat16 or float32."
             )
 
 
 def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float64 to a narrower dtype, each value to the nearest one (ties to even).
+    """float64 [n] to a narrower dtype, each value to the nearest one (ties to even).
 
-    torch goes to 16 bits through float32, which rounds twice and is wrong near the middle of two neighbours. Making an
-    inexact float32 odd in its last bit keeps it off that middle, so that only the second rounding counts.
+    torch goes to 16 bits through float32, which rounds twice and is wrong where the first rounding lands on the middle
+    of two neighbours. An inexact float32 is made odd in its last bit there, so that only the second rounding counts.
     """
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype)
     single = values.to(torch.float32)
-    excess = single.to(torch.float64).abs_().sub_(values.abs()).sign_().to(torch.int32)
-    bits = single.view(torch.int32)
-    bits -= excess * (1 - (bits & 1))
+    doubtful = _find(single.view(torch.int32) & _TAILS[dtype][0], _TAILS[dtype][1])
+    if len(doubtful):
+        near, exact = single[doubtful], values[doubtful]
+        excess = near.to(torch.float64).abs_().sub_(exact.abs()).sign_().to(torch.int32)
+        bits_of = near.view(torch.int32)
+        bits_of -= excess * (1 - (bits_of & 1))
+        single[doubtful] = near
     return single.to(dtype)
+
+
+def _find(values: torch.Tensor, wanted: int) -> torch.Tensor:
+    """Where `values` [n] are `wanted`. On a CPU numpy is several times as fast for the few there are."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(values.numpy() == wanted))
+    return (values == wanted).nonzero().flatten()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -178,89 +232,4 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _square(values: torch.Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(values))
-    return norm * norm
-
-
-def _compare(base: Checkpoint, other: Checkpoint) -> None:
-    theirs, ours = other.tensors, base.tensors
-    wrong = {
-        "lacks": sorted(ours.keys() - theirs.keys()),
-        "has in addition": sorted(theirs.keys() - ours.keys()),
-    }
-    found = [f"{what} {_first(names)}" for what, names in wrong.items() if names]
-    if found:
-        raise MeritError(
-            f"{other.folder}: not the tensors of the base {base.folder}: {'; '.join(found)}. "
-            "Merge checkpoints that were trained from this base without adding or removing parts."
-        )
-    different = [name for name in ours if theirs[name].shape != ours[name].shape]
-    if different:
-        shapes = [_versus(name, theirs[name].shape, ours[name].shape) for name in different]
-        raise MeritError(
-            f"{other.folder}: other shapes than the base's: {_first(shapes)}. Merge checkpoints with the base's "
-            "vocabulary and sizes."
-        )
-    unlike = [name for name in ours if not _compatible(theirs[name], ours[name])]
-    if unlike:
-        kinds = [_versus(name, theirs[name].dtype, ours[name].dtype) for name in unlike]
-        raise MeritError(
-            f"{other.folder}: dtypes that do not merge: {_first(kinds)}. Floating dtypes (F64, F32, F16, BF16) may "
-            "differ; others must be the base's. Save the checkpoint unquantised."
-        )
-
-
-def _versus(name: str, theirs: object, ours: object) -> str:
-    return f"{name} {theirs}, in the base {ours}"
-
-
-def _compatible(theirs: TensorInfo, ours: TensorInfo) -> bool:
-    return (theirs.dtype in FLOATS and ours.dtype in FLOATS) or (theirs.dtype in _EXACT and theirs.dtype == ours.dtype)
-
-
-def _same_form(one: TensorInfo, other: TensorInfo) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape)
-
-
-def _first(items: Sequence[str], count: int = 3) -> str:
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(items[:count]) + more
-
-
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    method = read_model_config(checkpoint.folder).get("quantization_config")
-    if method is not None:
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-        raise MeritError(
-            f"{checkpoint.folder}: quantised weights ({kind}), which cannot be averaged. Give the unquantised model."
-        )
-
-
-def _ties_embeddings(folder: Path) -> bool:
-    config = read_model_config(folder)
-    for section in (config, config.get("text_config") or {}):
-        if "tie_word_embeddings" in section:
-            return bool(section["tie_word_embeddings"])
-    # transformers leaves defaults out of config.json, and the default is the model class's.
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    if config.get("model_type") not in CONFIG_MAPPING:
-        return False
-    return bool(getattr(AutoConfig.from_pretrained(folder).get_text_config(), "tie_word_embeddings", False))
-
-
-def _aliases(checkpoint: Checkpoint, shared: set[str]) -> list[str]:
-    """The matrices beyond `shared` that repeat, bit for bit, one that all checkpoints have."""
-    found = []
-    for name in sorted(checkpoint.tensors.keys() - shared):
-        info = checkpoint.tensors[name]
-        twins = [
-            twin for twin in sorted(shared) if len(info.shape) == 2 and _same_form(info, checkpoint.tensors[twin])
-        ]
-        if any(torch.equal(_bits(checkpoint.flat(name)), _bits(checkpoint.flat(twin))) for twin in twins):
-            found.append(name)
-    return found
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().view(torch.uint8)
+    return float(torch.dot(values, values))

@@ -17,7 +17,16 @@ from merit_hf.gradients import batch_by_tokens, sample_indices
 from merit_hf.mixture import check_against_plan, plan_specs, prepare_dataset, read_mixture
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
-from merit_hf.sft import build_args, chat_template_sha256, collate, load_model, load_tokenizer, loss_sum, open_loss
+from merit_hf.sft import (
+    build_args,
+    chat_template_sha256,
+    collate,
+    load_checkpoint,
+    load_model,
+    load_tokenizer,
+    loss_sum,
+    open_loss,
+)
 
 # Training and saving change these without changing what the weights mean.
 _LOOSE_CONFIG = {
@@ -32,9 +41,11 @@ def side_checks(plan: PartitionPlan, folder: Path, base: Path) -> list[Check]:
     Both sides are read by the libraries here, so that other versions' spelling makes no difference. No code in the
     checkpoint is run.
     """
-    checks = []
+    checks: list[Check] = []
     try:
-        ours, theirs = (_config(path) for path in (base, folder))
+        # An adapter has no config of its own; the base's is used.
+        pair = (base, folder if (folder / "config.json").exists() else base)
+        ours, theirs = (_config(path) for path in pair)
         changed = sorted(
             key for key in (ours.keys() | theirs.keys()) - _LOOSE_CONFIG if ours.get(key) != theirs.get(key)
         )
@@ -81,7 +92,7 @@ def loss_check(
     before = _losses(model, tokenizer, args, rows, progress, "base")
     del model
     try:
-        model = load_model(folder, args)
+        model = load_checkpoint(folder, base, args)
     except MeritError as error:
         return Check("held-out loss", f"below the base's {_mean(before):.4f}", shorten(str(error)), False)
     after = _losses(model, tokenizer, args, rows, progress, f"group {number}")

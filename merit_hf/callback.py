@@ -17,6 +17,7 @@ import datasets
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from merit_hf.adapters import ADAPTER_CONFIG_NAME, model_settings, publish_adapter_config
 from merit_hf.cards import group_model_card
 from merit_hf.checkpoint import weights_sha256
 from merit_hf.config import MeritError
@@ -24,6 +25,7 @@ from merit_hf.data import add_digests, count_tokens, format_digest
 from merit_hf.ledger import TokenLedger
 from merit_hf.manifest import group_manifest, hash_files, write_manifest
 from merit_hf.plan import PartitionPlan
+from merit_hf.resolved import first_difference
 from merit_hf.sft import chat_template_sha256, identity_fields
 
 _BATCH_CURES = {
@@ -73,14 +75,17 @@ class MeritCallback(TrainerCallback, ExportableState):
         model = trainer.accelerator.unwrap_model(kwargs["model"])
         self._check_settings(args)
         self._check_base(model, kwargs.get("processing_class"))
+        self._check_adapter(model)
         self._check_data(trainer)
         before = self._totals_before(state, args)
-        if before is None and model in _trained_models:
+        # PEFT changes the model that it wraps, so a second adapter on it would not start at the base either.
+        weights = model.get_base_model() if self.plan.peft else model
+        if before is None and (weights in _trained_models or (self.plan.peft and _adapter_has_moved(model))):
             raise MeritError(
                 f"group {self.group}: this model has been trained already, so it is not the base any more. Load the "
                 "base anew for every group."
             )
-        _trained_models.add(model)
+        _trained_models.add(weights)
         self._finished = False
         self.final_loss = next((float(log["loss"]) for log in reversed(state.log_history) if "loss" in log), None)
         self.ledger.start(model, before)
@@ -141,7 +146,9 @@ class MeritCallback(TrainerCallback, ExportableState):
         return trainer
 
     def _manifest(self, trainer: Trainer) -> dict[str, Any]:
-        facts = {"num_processes": trainer.args.world_size, "final_loss": self.final_loss}
+        facts: dict[str, Any] = {"num_processes": trainer.args.world_size, "final_loss": self.final_loss}
+        if self.plan.peft:
+            facts["peft"] = model_settings(trainer.accelerator.unwrap_model(trainer.model))
         status = "complete" if self._finished else "training"
         steps, sft = trainer.state.global_step, self._identity(trainer.args)
         return group_manifest(self.plan, self.group, self.totals, steps, sft, status, facts)
@@ -150,6 +157,9 @@ class MeritCallback(TrainerCallback, ExportableState):
         if not trainer.is_world_process_zero():
             return
         manifest = self._manifest(trainer)
+        # A push while training takes this file, rewritten there, from the checkpoint.
+        if self.plan.peft and (folder / ADAPTER_CONFIG_NAME).exists():
+            publish_adapter_config(folder, self.plan.base["repo_id"], self.plan.base["revision"])
         if self._finished:
             manifest["files"] = hash_files(folder)
         self._write_card(trainer, folder, manifest)
@@ -199,6 +209,21 @@ class MeritCallback(TrainerCallback, ExportableState):
                 f"{self.plan.base['repo_id'] or 'a local base'} at {self.plan.base['revision']}. Load the plan's base."
             )
 
+    def _check_adapter(self, model: PreTrainedModel) -> None:
+        found = model_settings(model) or {}
+        if found == self.plan.peft:
+            return
+        if found and self.plan.peft:
+            what = f"the adapter's settings differ: {first_difference(self.plan.peft, found)}"
+        else:
+            what = (
+                "the plan trains an adapter, the model has none"
+                if self.plan.peft
+                else ("the plan trains all weights, the model has an adapter")
+            )
+        cure = "peft_config=LoraConfig(**plan.peft)" if self.plan.peft else "the plain model"
+        raise MeritError(f"group {self.group}: {what}. Give SFTTrainer {cure}, or plan again.")
+
     def _check_data(self, trainer: Trainer) -> None:
         planned, rows = self.plan.group(self.group), trainer.train_dataset
         if not isinstance(rows, datasets.Dataset) or "input_ids" not in rows.column_names:
@@ -235,6 +260,11 @@ class MeritCallback(TrainerCallback, ExportableState):
             )
         # Each process adds its own count to the total; the restored one must enter once.
         return kept["totals"]
+
+
+def _adapter_has_moved(model: PreTrainedModel) -> bool:
+    """Whether any B is not zero. Shards that lie in other processes count as zero."""
+    return any(bool(p.detach().any()) for name, p in model.named_parameters() if ".lora_B." in name)
 
 
 def _calling_trainer() -> Trainer:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import html
 import importlib.resources
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 import yaml
-from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
+from huggingface_hub import DatasetCardData, ModelCardData
 
+from merit_hf.card_evaluation import answer_table, eval_results, evaluation_table, harness_table
 from merit_hf.config import MeritError
 from merit_hf.text import (
     Markdown,
@@ -23,7 +25,7 @@ from merit_hf.text import (
     fenced,
     find_local_paths,
     hide_local_paths,
-    public_text,
+    markdown_table,
 )
 
 if TYPE_CHECKING:
@@ -38,8 +40,10 @@ _SPLITS = {
     "joint": "all in one group, as a baseline",
 }
 _TABLES = ("datasets", "conflict", "groups")
+# The picture of an evaluation, in the folder of the merged model.
+EVALUATION_FIGURE = "figures/held_out_loss.png"
 _MAX_PAIRS = 5
-_MAX_ROWS = 60
+_MAX_NOTE = 2000
 
 
 def plan_dataset_card(plan: PartitionPlan) -> str:
@@ -66,6 +70,7 @@ def plan_dataset_card(plan: PartitionPlan) -> str:
         pairs=_extreme_pairs(plan),
         bounds=_bounds(plan),
         settings=_settings(plan.sft),
+        lora=_lora(plan.peft) if plan.peft else None,
         versions=_settings(plan.versions),
         plan_id=Markdown(plan.repo_id or "PLAN"),
     )
@@ -74,11 +79,13 @@ def plan_dataset_card(plan: PartitionPlan) -> str:
 def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
     """README.md of a group checkpoint."""
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if manifest.get("peft") else "transformers",
         base_model=manifest["base"].get("repo_id"),
-        base_model_relation="finetune" if manifest["base"].get("repo_id") else None,
+        base_model_relation=("adapter" if manifest.get("peft") else "finetune")
+        if manifest["base"].get("repo_id")
+        else None,
         datasets=_hub_datasets(manifest["datasets"]) or None,
-        tags=["merit", "merit-group", "sft", "trl"],
+        tags=["merit", "merit-group", "sft", "trl", *(["lora"] if manifest.get("peft") else [])],
     )
     return _render(
         "group_model_card.md",
@@ -92,6 +99,7 @@ def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
             for d in manifest["datasets"]
         ],
         settings=_settings(manifest["sft"]),
+        lora=_lora(manifest.get("peft", {})),
         versions=_settings(manifest["versions"]),
         plan_id=Markdown(plan.repo_id or "PLAN"),
     )
@@ -104,10 +112,12 @@ def merged_model_card(
     evaluation: Mapping[str, Any] | None = None,
     licence: str | None = None,
     model_name: str | None = None,
+    picture: str | None = None,
 ) -> str:
     """README.md of a merged model, with the evaluation table where there is one.
 
     `model_name` is the name under which it is published: with it, metadata holds the evaluation as a `model-index`.
+    `picture` is the evaluation's figure, as a path in the model's folder.
     """
     parents = [group["repo_id"] for group in manifest["groups"] if group.get("repo_id")]
     if len(parents) < len(manifest["groups"]):
@@ -115,15 +125,19 @@ def merged_model_card(
         parents = [manifest["base"]["repo_id"]] if manifest["base"].get("repo_id") else []
     merged = {group["group"] for group in manifest["groups"]}
     members = {group.group: _names(group.datasets) for group in plan.groups}
+    is_adapter = manifest.get("adapters", "dense") != "dense"
+    if is_adapter:
+        # What loads it is its base; the groups are its sources.
+        parents = [manifest["base"]["repo_id"]] if manifest["base"].get("repo_id") else []
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         base_model=parents or None,
-        base_model_relation="merge" if parents else None,
+        base_model_relation=("adapter" if is_adapter else "merge") if parents else None,
         datasets=_hub_datasets([{"repo_id": d.repo_id} for d in plan.datasets if d.group in merged]) or None,
         license=licence,
         tags=["merge", "mergekit", "merit"],
         model_name=model_name,
-        eval_results=_eval_results(plan, evaluation) if evaluation and model_name else None,
+        eval_results=eval_results(plan, evaluation) if evaluation and model_name else None,
     )
     stats = manifest.get("stats", {})
     return _render(
@@ -135,13 +149,25 @@ def merged_model_card(
         stats=stats,
         cast_share=stats["cast_loss"] / stats["displacement"] if stats.get("displacement") else None,
         rows=[
-            [str(g["group"]), members.get(g["group"], ""), f"{g['num_input_tokens']:,}", f"{g['weight']:.6f}"]
+            [
+                str(g["group"]),
+                members.get(g["group"], ""),
+                f"{g['num_input_tokens']:,}",
+                "–" if g["weight"] is None else f"{g['weight']:.6f}",
+            ]
             for g in manifest["groups"]
         ],
+        method=manifest.get("method", "linear"),
         how=_SPLITS[plan.config["plan"]["split"]],
+        verified=_verified(manifest["groups"]),
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
-        command=Markdown(_merge_command(plan, manifest)),
-        evaluation=_evaluation_table(evaluation) if evaluation else None,
+        command=Markdown(merge_command(plan, manifest)),
+        in_repos=all(group.get("repo_id") for group in manifest["groups"]),
+        evaluation=evaluation_table(evaluation) if evaluation else None,
+        answers=answer_table(evaluation) if evaluation and evaluation.get("mean_score") else None,
+        harness=harness_table(evaluation) if evaluation and evaluation.get("harness") else None,
+        notes=[escape_markdown(note, _MAX_NOTE) for note in evaluation.get("notes", [])] if evaluation else [],
+        picture=Markdown(f"![held-out loss of every dataset]({picture})") if picture else None,
         mergekit_config=fenced(_public_recipe(mergekit_config, manifest), "yaml"),
         versions=_settings(manifest["versions"]),
         plan_id=Markdown(plan.repo_id or "PLAN"),
@@ -190,15 +216,29 @@ def validate_card(text: str) -> None:
         raise MeritError(f"the card would show a path of this machine: {paths[0]}")
 
 
-def _merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
+def how_split(plan: PartitionPlan) -> str:
+    """What `plan.split` did with the datasets, as the end of a sentence."""
+    return _SPLITS[plan.config["plan"]["split"]]
+
+
+def merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
     """The `merit merge` call that makes this model again."""
-    folders = " ".join(f"groups/{group['group']}" for group in manifest["groups"])
+    groups = manifest["groups"]
+    in_repos = all(group.get("repo_id") for group in groups)
+    folders = " ".join(f"{g['repo_id']}@{g['revision'][:12]}" if in_repos else f"groups/{g['group']}" for g in groups)
     command = f"merit merge {plan.repo_id or 'PLAN'} {folders} --output merged"
     weights = manifest.get("weights", "tokens")
     if weights != "tokens":
         command += f" --weights {'weights.yaml' if weights == 'file' else weights}"
     if manifest.get("engine", "safetensors") != "safetensors":
         command += f" --engine {manifest['engine']}"
+    if manifest.get("adapters", "dense") != "dense":
+        command += f" --adapters {manifest['adapters']}"
+    if manifest.get("svd_rank"):
+        command += f" --svd-rank {manifest['svd_rank']}"
+    if manifest.get("method", "linear") != "linear":
+        command += f" --method {manifest['method']}"
+        command += "".join(f" --parameter {key}={json.dumps(v)}" for key, v in manifest["parameters"].items())
     if manifest.get("asked_out_dtype"):
         command += f" --out-dtype {manifest['asked_out_dtype']}"
     return command + (" --allow-missing" if len(manifest["groups"]) < plan.num_groups else "")
@@ -211,18 +251,9 @@ def _render(template: str, metadata: str, **facts: Any) -> str:
         keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"code": code, "thousands": lambda value: f"{value:,}"}
-    card = environment.from_string(source).render(metadata=Markdown(metadata.strip()), table=_table, **facts)
+    card = environment.from_string(source).render(metadata=Markdown(metadata.strip()), table=markdown_table, **facts)
     validate_card(card)
     return card
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
-    """A Markdown table whose cells are inert text; long ones are cut with a line that says so."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(escape_markdown(cell) for cell in row) + " |" for row in rows[:_MAX_ROWS]]
-    if len(rows) > _MAX_ROWS:
-        lines.append(f"\n{len(rows) - _MAX_ROWS} more are in the tables under data/.")
-    return Markdown("\n".join(lines))
 
 
 def _names(names: Sequence[str], limit: int = 12) -> Markdown:
@@ -256,6 +287,11 @@ def _settings(values: Mapping[str, Any]) -> Markdown:
     return Markdown(", ".join(told))
 
 
+def _lora(peft: Mapping[str, Any]) -> Markdown:
+    told = {name: ", ".join(value) if isinstance(value, list) else value for name, value in peft.items()}
+    return _settings({name: value for name, value in told.items() if value not in ({}, False)})
+
+
 def _extreme_pairs(plan: PartitionPlan) -> dict[str, Markdown] | None:
     if plan.conflict_matrix is None or len(plan.datasets) < 2:
         return None
@@ -265,7 +301,7 @@ def _extreme_pairs(plan: PartitionPlan) -> dict[str, Markdown] | None:
 
     def listed(indices: np.ndarray) -> Markdown:
         cells = [[plan.names[rows[i]], plan.names[columns[i]], f"{cosines[i]:.3f}"] for i in indices]
-        return _table(("dataset", "dataset", "cosine"), cells)
+        return markdown_table(("dataset", "dataset", "cosine"), cells)
 
     count = min(_MAX_PAIRS, max(1, len(order) // 2))
     return {"conflicting": listed(order[:count]), "aligned": listed(order[::-1][:count])}
@@ -284,46 +320,31 @@ def _bounds(plan: PartitionPlan) -> dict[str, Any]:
     }
 
 
-def _evaluation_table(evaluation: Mapping[str, Any]) -> Markdown:
-    labels = evaluation["models"]
-    rows = [
-        [name, str(row["group"]), *(f"{row['loss'][label]:.3f}" for label in labels)]
-        for name, row in evaluation["datasets"].items()
-    ]
-    rows.append(["mean", "", *(f"{evaluation['mean'][label]:.3f}" for label in labels)])
-    return _table(("dataset", "group", *labels), rows)
-
-
-def _eval_results(plan: PartitionPlan, evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    """The merged model's held-out loss on every dataset, as a model card's `model-index` wants it."""
-    if "merged" not in evaluation["models"]:
-        return []
-    repos = {dataset.name: dataset for dataset in plan.datasets}
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=repos[name].repo_id or "local",
-            dataset_name=public_text(name),
-            dataset_config=repos[name].config,
-            dataset_revision=repos[name].revision,
-            metric_type="loss",
-            metric_name="held-out SFT loss (nats a token)",
-            metric_value=round(float(row["loss"]["merged"]), 6),
-        )
-        for name, row in evaluation["datasets"].items()
-        if name in repos
-    ]
+def _verified(groups: Sequence[Mapping[str, Any]]) -> Markdown | None:
+    """`weights` for all groups alike, or group by group; None where a manifest does not say."""
+    levels = {str(group["group"]): str(group["verified"]) for group in groups if group.get("verified")}
+    if len(levels) < len(groups):
+        return None
+    if len(set(levels.values())) == 1:
+        return Markdown(f"every group at level {code(next(iter(levels.values())))}")
+    return Markdown(", ".join(f"group {number} at level {code(level)}" for number, level in levels.items()))
 
 
 def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:
     """The recipe with every local folder named after the group it holds."""
     content = yaml.safe_load(mergekit_config)
     numbers = [group["group"] for group in manifest["groups"]]
-    names: dict[str, str] = {}
+    names: dict[str, Any] = {}
     for model, number in zip(content.get("models", []), numbers, strict=False):
-        if find_local_paths(str(model["model"])) or str(model["model"]).startswith("/"):
-            names[model["model"]] = f"groups/{number}"
-            model["model"] = names[model["model"]]
-    if content.get("base_model") in names:
-        content["base_model"] = names[content["base_model"]]
+        shown = model["model"]
+        if find_local_paths(str(shown)) or str(shown).startswith("/"):
+            model["model"] = f"groups/{number}"
+            if isinstance(shown, dict) and "lora" in shown:
+                base = manifest["base"]
+                model["model"] = f"{base['repo_id']}@{base['revision']}" if base.get("repo_id") else "BASE"
+                model["model"] += f"+groups/{number}"
+        names[str(shown)] = model["model"]
+    origin = content.get("base_model")
+    if str(origin) in names or find_local_paths(str(origin)):
+        content["base_model"] = names.get(str(origin), "base")
     return hide_local_paths(yaml.safe_dump(content, sort_keys=False))

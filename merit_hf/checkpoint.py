@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +45,7 @@ _NOT_SIDE_NAMES = {
 # transformers keeps a tokenizer's further chat templates in this folder.
 SIDE_FOLDERS = ("additional_chat_templates",)
 _READ_BYTES = 1 << 22
+_FLUSH_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def read_tensor_index(folder: Path, file: str | None = None) -> dict[str, Tensor
     files = sorted(set(mapped.values())) if mapped is not None else [file or SINGLE_NAME]
     tensors: dict[str, TensorInfo] = {}
     for shard in files:
-        for name, info in _read_header(folder / shard).items():
+        for name, info in read_header(folder / shard).items():
             if name in tensors:
                 raise MeritError(
                     f"{folder}: tensor `{name}` is in both {tensors[name].file} and {shard}, and must be in one "
@@ -223,6 +225,9 @@ class ShardWriter:
         self.names = [name for names in self._shards.values() for name in names]
         self._written = 0
         self._file: BinaryIO | None = None
+        self._unflushed = 0
+        self._flusher = ThreadPoolExecutor(1)
+        self._flush: Future[None] | None = None
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Append tensor `name`, given as consecutive pieces of its row-major little-endian bytes.
@@ -236,7 +241,10 @@ class ShardWriter:
         if self._shards[shard][0] == name:
             self._begin(shard)
         assert self._file is not None
-        size = sum(self._file.write(piece) for piece in pieces)
+        size = 0
+        for piece in pieces:
+            size += self._file.write(piece)
+            self._flush_behind(len(piece))
         if size != self._tensors[name].num_bytes:
             raise ValueError(f"tensor `{name}`: {size} bytes given, {self._tensors[name].num_bytes} expected.")
         self._written += 1
@@ -254,16 +262,34 @@ class ShardWriter:
         self._file = (self._folder / shard).open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
+    def _flush_behind(self, count: int) -> None:
+        """Let the disk write while more is computed; else all of it waits for the end."""
+        assert self._file is not None
+        self._unflushed += count
+        if self._unflushed >= _FLUSH_BYTES and (self._flush is None or self._flush.done()):
+            self._await_flush()
+            self._unflushed = 0
+            self._flush = self._flusher.submit(os.fsync, self._file.fileno())
+
+    def _await_flush(self) -> None:
+        if self._flush is not None:
+            self._flush.result()
+            self._flush = None
+
     def _close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            try:
+                self._await_flush()
+            finally:
+                self._file.close()
+                self._file = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        self._close()
+        with self._flusher:
+            self._close()
         if kind is not None:
             return
         if self._written != len(self.names):
@@ -316,7 +342,8 @@ def _explain_no_weights(folder: Path) -> str:
     return f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}. Give the folder of a checkpoint in safetensors."
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; MeritError where it is not complete."""
     size = path.stat().st_size
     broken = f"{path}: not a complete safetensors file ({size} bytes). Download or save the model again."
     with path.open("rb") as file:

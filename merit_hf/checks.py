@@ -15,7 +15,14 @@ from typing import Any
 
 from merit_hf.checkpoint import SIDE_FOLDERS, TensorInfo, read_tensor_index
 from merit_hf.config import ConfigError, MeritError
-from merit_hf.hub import MAX_FILES, HubUnavailableError, is_plain_path, list_files, read_tensor_headers
+from merit_hf.hub import (
+    MAX_FILES,
+    HubUnavailableError,
+    fetch_files,
+    is_plain_path,
+    list_files,
+    read_tensor_headers,
+)
 from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, TRAINER_STATE, is_part, parse_manifest, read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.sources import FolderSource, Source
@@ -31,6 +38,7 @@ _SIDE_FILES = {
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
     "video_preprocessor_config.json", "trainer_state.json", "LICENSE", "LICENSE.txt", "NOTICE",
 }  # fmt: skip
+_CONFIG_BYTES = 1 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Room for tokenizers, configs and cards beside the weights.
 _SIDE_BYTES = 256 << 20
@@ -90,9 +98,14 @@ def manifest_checks(plan: PartitionPlan, source: Source) -> tuple[list[Check], i
         compare("num_steps", planned.num_steps, steps, type(steps) is int and steps == planned.num_steps),
         *_token_checks(plan, number, manifest),
         _recorded_files(source, manifest),
-        tensor_check(source, base_tensors(plan)),
+        *structure_checks(plan, source),
     ]
     return checks, number
+
+
+def structure_checks(plan: PartitionPlan, source: Source) -> list[Check]:
+    """Tensors against the base's; of an adapter, its settings and tensors against the plan's."""
+    return _adapter_checks(plan, source) if plan.peft else [tensor_check(source, base_tensors(plan))]
 
 
 def base_tensors(plan: PartitionPlan) -> dict[str, TensorInfo]:
@@ -204,6 +217,30 @@ def _recorded_files(source: Source, manifest: dict[str, Any]) -> Check:
     if not recorded:
         wrong = ["the manifest lists no files"]
     return Check("files", f"the {len(recorded)} in the manifest", _listed(wrong, "; ") or "the same", not wrong)
+
+
+def _adapter_checks(plan: PartitionPlan, source: Source) -> list[Check]:
+    """The adapter's settings, and its tensors, against those that the plan's `peft` makes on the base."""
+    from merit_hf.adapters import ADAPTER_CONFIG_NAME, expected_adapter_tensors, parse_adapter_settings
+
+    try:
+        raw = source.read(ADAPTER_CONFIG_NAME, _CONFIG_BYTES) if ADAPTER_CONFIG_NAME in source.sizes else b"null"
+        settings = parse_adapter_settings(raw, ADAPTER_CONFIG_NAME)
+    except MeritError as error:
+        return [Check("adapter settings", "as planned", shorten(str(error)), False)]
+    expected = {
+        name: TensorInfo("F32", shape)
+        for name, shape in expected_adapter_tensors(_base_config(plan), plan.peft).items()
+    }
+    return [_compare_mappings("adapter settings", plan.peft, settings), tensor_check(source, expected)]
+
+
+def _base_config(plan: PartitionPlan) -> Path:
+    """A folder with the base's config.json; of a base on the Hub no more than that is downloaded."""
+    local = plan.local.get("base")
+    if plan.base["repo_id"] is None or (local and Path(local).is_dir()):
+        return plan.base_folder()
+    return fetch_files(plan.base["repo_id"], plan.base["revision"], "model", ["config.json"])
 
 
 def tensor_check(source: Source, expected: Mapping[str, TensorInfo]) -> Check:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -21,7 +22,7 @@ from merit_hf.cli_options import (
     quiet,
     say,
 )
-from merit_hf.config import ConfigError
+from merit_hf.config import ConfigError, parse_parameters
 from merit_hf.entry import exit_on_error
 
 app = typer.Typer(
@@ -86,6 +87,8 @@ def train(
         train_groups(loaded, numbers, outputs, placement or [], num_processes, accelerate_config)
         done = " ".join(str(path) for path in outputs)
         then = f"merge {plan} {done} --output {output.parent}/merged" if group == "all" else f"verify {plan} {done}"
+        if loaded.repo_id is not None and group != "all":
+            then = f"push {done} OWNER/NAME, and merit contribute {plan} OWNER/NAME"
         say(f"Trained: {done}. Next: merit {then}")
 
 
@@ -102,62 +105,207 @@ def merge(
     ] = None,
     engine: Annotated[Optional[str], typer.Option(help="safetensors (default) or mergekit.")] = None,
     weights: Annotated[
-        Optional[str], typer.Option(help="tokens (default), loss_tokens, uniform, or a YAML FILE.")
+        Optional[list[str]],
+        typer.Option(
+            help="tokens (default), loss_tokens, uniform, or a YAML FILE. Given again: a model in a folder of each."
+        ),
+    ] = None,
+    method: Annotated[
+        Optional[str], typer.Option(help="With engine mergekit: ties, dare_ties, slerp, karcher, … Default: linear.")
+    ] = None,
+    parameter: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="KEY=VALUE", help="Of the method, such as density=0.5; again for more."),
     ] = None,
     out_dtype: Annotated[
         Optional[str], typer.Option(help="float32, bfloat16 or float16. Default: the base's.")
     ] = None,
     exclude: Annotated[Optional[list[int]], typer.Option(help="Leave a group out; may be given again.")] = None,
+    soup: Annotated[
+        bool, typer.Option("--soup", help="Add a group only where the mean held-out loss falls (greedy soup).")
+    ] = False,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Merge fewer groups than planned.")] = False,
+    adapters: Annotated[
+        Optional[str], typer.Option(help="LoRA groups become: dense (a full model, default), concat or svd.")
+    ] = None,
+    svd_rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the merged adapter, for svd.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
     """Verify the groups and average them, weighted by tokens."""
     with exit_on_error(debug):
         quiet()
         from merit_hf.community import accepted_checkpoints
-        from merit_hf.group_merge import merge_groups
-        from merit_hf.manifest import read_manifest
         from merit_hf.plan import PartitionPlan
-        from merit_hf.progress import Progress
-        from merit_hf.summary import merge_summary
 
         loaded = PartitionPlan.from_pretrained(plan)
         chosen = checkpoints or accepted_checkpoints(loaded)
         section = loaded.config["merge"]
+        weightings = weights or [loaded.local.get("merge_weights") or section["weights"]]
+        form = adapters or section.get("adapters", "dense")
+        if soup and (len(weightings) > 1 or form != "dense"):
+            raise ConfigError(
+                "--soup takes one --weights, and makes a dense model. Make a soup of each in its own call."
+            )
+        from merit_hf.progress import Progress
+
+        chosen, given = checkpoints or accepted_checkpoints(loaded), parse_parameters(parameter or [])
+        options: dict[str, Any] = {
+            "engine": engine or section["engine"], "out_dtype": out_dtype or section["out_dtype"], "device": device,
+            "exclude": tuple(exclude or ()), "allow_missing": allow_missing,
+            "method": method or section.get("method", "linear"),
+            # Those of CONFIG are of CONFIG's method.
+            "parameters": given or ({} if method else section.get("parameters", {})),
+        }  # fmt: skip
+        if soup:
+            from merit_hf.sweep import greedy_soup, soup_table
+
+            made = greedy_soup(loaded, chosen, output, weights=weightings[0], progress=Progress(), **options)
+            say(soup_table(made))
+        if form != "dense":
+            options |= {"adapters": form, "svd_rank": svd_rank or (section.get("svd_rank") if form == "svd" else None)}
         with Progress().stage("Merging", unit="tensors") as stage:
-            merge_groups(
-                loaded, chosen, output, engine=engine or section["engine"],
-                weights=weights or loaded.local.get("merge_weights") or section["weights"],
-                out_dtype=out_dtype or section["out_dtype"],
-                exclude=tuple(exclude or ()), allow_missing=allow_missing, progress=stage.update,
-            )  # fmt: skip
-        say(merge_summary(read_manifest(output)["stats"]))
-        say(f"The merged model is in {output}. Next: merit evaluate {output} --plan {plan} --output {output.parent}")
+            if len(weightings) > 1:
+                from merit_hf.sweep import merge_sweep
+
+                merge_sweep(loaded, chosen, output, weightings, progress=stage.update, **options)
+            elif not soup:
+                from merit_hf.group_merge import merge_groups
+
+                merge_groups(loaded, chosen, output, weights=weightings[0], progress=stage.update, **options)
+        _report_merge(output, plan, len(weightings) > 1, soup)
+
+
+def _report_merge(output: Path, plan: str, several: bool, soup: bool) -> None:
+    from merit_hf.manifest import read_manifest
+    from merit_hf.summary import merge_summary
+
+    folders = sorted(path for path in output.iterdir() if path.is_dir()) if several else [output]
+    for folder in folders:
+        say((f"{folder.name}: " if several else "") + merge_summary(read_manifest(folder)["stats"]))
+    names = " ".join(map(str, folders))
+    if soup:
+        say("The held-out rows chose these groups, so they no longer judge them fairly: evaluate on other rows too.")
+    say(
+        f"The merged model{'s are' if several else ' is'} in {names}. Next: merit evaluate {names} --plan {plan} "
+        f"--output {output if several else output.parent}"
+    )
 
 
 @app.command()
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Folders or Hub ids; the base comes first by itself.")
+        list[str],
+        typer.Argument(metavar="[LABEL=]MODEL...", help="Folders or Hub ids; the base comes first by itself."),
     ],
     plan: Annotated[str, typer.Option(help="Folder of the plan, or Hub id: its datasets' held-out rows are used.")],
     output: Output,
     num_samples: Annotated[int, typer.Option(min=1, help="At most so many held-out rows a dataset.")] = 200,
+    generate: Annotated[
+        bool, typer.Option("--generate/--no-generate", help="Let the models answer, or measure losses only.")
+    ] = True,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer.")] = 256,
+    metric: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="NAME=METRIC", help="In place of a dataset's metric in the plan; may be given again."),
+    ] = None,
+    tokens_per_batch: Annotated[
+        int, typer.Option(min=1, help="Padded tokens in a batch: more is faster and takes more memory.")
+    ] = 4096,
+    harness: Annotated[Optional[str], typer.Option(help="Also run benchmarks by name: lm-eval.")] = None,
+    tasks: Annotated[Optional[str], typer.Option(help="The harness's tasks, separated by commas.")] = None,
+    include_path: Annotated[Optional[Path], typer.Option(help="Folder with YAMLs of tasks of your own.")] = None,
+    num_fewshot: Annotated[Optional[int], typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="At most so many questions a task; to try it.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask the harness's questions in the plan's chat template.")
+    ] = False,
+    card: Annotated[bool, typer.Option("--card", help="Write the numbers into the merged model's card.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Held-out loss of base and models on every dataset."""
+    """Base and models side by side on every dataset: loss, score and length of their answers.
+
+    Writes evaluation.json and predictions.jsonl; docs/evaluate.md says what they hold.
+    """
     with exit_on_error(debug):
         quiet()
-        from merit_hf.evaluate import evaluate_models, evaluation_table, save_evaluation
+        from merit_hf.harness import HarnessCall
         from merit_hf.plan import PartitionPlan
-        from merit_hf.summary import label_models
+        from merit_hf.side_by_side import evaluate_side_by_side
 
+        benchmarks = HarnessCall.of(
+            harness, tasks, include_path,
+            num_fewshot=num_fewshot, limit=limit, apply_chat_template=apply_chat_template,
+        )  # fmt: skip
         loaded = PartitionPlan.from_pretrained(plan)
-        labelled = label_models({text: checkpoint_folder(text) for text in models})
-        evaluation = evaluate_models(loaded, {"base": loaded.base_folder(), **labelled}, num_samples)
-        path = save_evaluation(evaluation, output)
-        say(evaluation_table(evaluation))
-        say(f"The numbers are in {path}.")
+        evaluate_side_by_side(
+            loaded, models, checkpoint_folder, output, say, num_samples=num_samples, generate=generate,
+            max_new_tokens=max_new_tokens, metrics=metric or (), tokens_per_batch=tokens_per_batch,
+            benchmarks=benchmarks, card=card,
+        )  # fmt: skip
+
+
+@app.command()
+def diagnose(
+    plan: PlanArgument,
+    output: Output,
+    checkpoints: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[CHECKPOINT]...", help="The groups' checkpoints; none: is the base ready?"),
+    ] = None,
+    merged: Annotated[Optional[str], typer.Option(help="The merged model. Its weights are then used.")] = None,
+    joint: Annotated[Optional[str], typer.Option(help="A model trained on everything, to compare with.")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="At most so many rows a dataset.")] = 64,
+    epsilon: Annotated[
+        Optional[list[float]], typer.Option(help="Step of the curvature, may be given again: 0.25, 0.5, 1.")
+    ] = None,
+    path_points: Annotated[int, typer.Option(min=1, help="Points inside every path between two models.")] = 1,
+    forward_only: Annotated[
+        bool, typer.Option("--forward-only", help="No gradients: half the memory, no curvature of single layers.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Say why the merged model is as it is: one basin or not, which group is at fault, and the remedy."""
+    with exit_on_error(debug):
+        quiet()
+        from merit_hf.diagnosis import diagnose
+        from merit_hf.diagnosis_text import diagnosis_lines
+        from merit_hf.plan import PartitionPlan
+
+        content = diagnose(
+            PartitionPlan.from_pretrained(plan), [checkpoint_folder(text) for text in checkpoints or ()], output,
+            merged=checkpoint_folder(merged) if merged else None, joint=checkpoint_folder(joint) if joint else None,
+            num_samples=num_samples, epsilons=epsilon or (0.25, 0.5, 1.0), path_points=path_points,
+            forward_only=forward_only,
+        )  # fmt: skip
+        say(*diagnosis_lines(content))
+        say(f"All numbers are in {output}/diagnosis.json, the verdict in {output}/README.md.")
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What merit run made, a folder with a plan in plan/, or a plan.")
+    ],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="The page to write. Default: DIR/report.html.")
+    ] = None,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="Also write its figures as PNG, into DIR/figures.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """One HTML page of a run: what was planned, trained and merged, and how it went.
+
+    It needs no network, and shows whatever is there: a plan alone, or all of a run.
+    """
+    with exit_on_error(debug):
+        from merit_hf.report import save_run_figures, write_report
+
+        page = write_report(folder, output)
+        if figures:
+            say(*(f"Figure: {path}" for path in save_run_figures(folder)))
+        say(f"The report is in {page}. Open it in a browser; it is one file and loads nothing.")
 
 
 @app.command()
@@ -172,7 +320,7 @@ def run(
     accelerate_config: AccelerateConfig = None,
     debug: Debug = False,
 ) -> None:
-    """All of it: plan, train every group, merge, evaluate."""
+    """All of it: plan, train every group, merge, evaluate, report."""
     with exit_on_error(debug):
         quiet()
         from merit_hf.config import MeritConfig

@@ -7,7 +7,6 @@ Every mistake is a [`ConfigError`] of one line: file, key, value found, what is 
 
 from __future__ import annotations
 
-import difflib
 import re
 import typing
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from merit_hf.fields import check_fields, nearest
+
 
 class MeritError(Exception):
     """A failure told in one line: what, where, found, expected, cure."""
@@ -23,6 +24,11 @@ class MeritError(Exception):
 
 class ConfigError(MeritError):
     """A mistake in a call or in a CONFIG file."""
+
+
+# Scores of an answer against its reference; beside them, every task of reasoning-gym has a scorer of its own.
+METRICS = ("exact_match", "chrf", "rouge1", "rouge2", "rougeL", "none")
+REASONING_GYM = "reasoning_gym."
 
 
 class _Section(BaseModel):
@@ -54,6 +60,8 @@ class DatasetSection(_Section):
         tag (`str`, *optional*): a label; `plan.split: by_tag` groups by it.
         eval_path, eval_split (`str`, *optional*): held-out rows, same columns. Otherwise `eval_fraction` of the rows.
         eval_fraction (`float`, *optional*, defaults to `0.05`): share of the rows that is held out of training.
+        metric (`str`, *optional*): what `merit evaluate` scores answers by: one of [`METRICS`], or
+            `reasoning_gym.TASK`. Default: by the length of the references.
     """
 
     name: str = Field(min_length=1)
@@ -70,6 +78,7 @@ class DatasetSection(_Section):
     eval_path: str | None = None
     eval_split: str | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    metric: str | None = None
 
 
 class PlanSection(_Section):
@@ -112,11 +121,21 @@ class MergeSection(_Section):
         weights (`str`, *optional*, defaults to `"tokens"`): `tokens`, `loss_tokens`, `uniform`, or a YAML file that
             maps group to weight.
         out_dtype (`str`, *optional*): of the merged weights. Default: the base's.
+        adapters: of LoRA groups, `dense` (a full checkpoint), `concat` (an adapter of summed rank; both are exact) or
+            `svd` (an adapter of rank `svd_rank`).
+        svd_rank (`int`, *optional*): rank of the merged adapter; required with `svd`.
+        method (`str`, *optional*, defaults to `"linear"`): one of mergekit's, where `engine` is `mergekit`: `ties`,
+            `dare_ties`, `slerp`, `karcher`, …
+        parameters (`dict`, *optional*): of the method, by mergekit's names, such as `density`.
     """
 
     engine: Literal["safetensors", "mergekit"] = "safetensors"
     weights: str = "tokens"
     out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    adapters: Literal["dense", "concat", "svd"] = "dense"
+    svd_rank: int | None = Field(default=None, ge=1)
+    method: str = "linear"
+    parameters: dict[str, Any] = {}
 
 
 class HubSection(_Section):
@@ -143,6 +162,7 @@ class MeritConfig(_Section):
     datasets: list[DatasetSection] = Field(min_length=1)
     plan: PlanSection = PlanSection()
     sft: dict[str, Any] = {}
+    peft: dict[str, Any] | None = None
     merge: MergeSection = MergeSection()
     hub: HubSection = HubSection()
     root: Path = Field(default=Path(), exclude=True)
@@ -161,13 +181,14 @@ class MeritConfig(_Section):
             _apply_override(content, override)
         config = cls.from_dict(content, source=str(path), root=path.resolve().parent)
         check_sft(config.sft, str(path))
+        check_peft(config.peft, str(path))
         return config
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], source: str = "config", root: Path = Path()) -> MeritConfig:
-        """Check a mapping; `sft` values are left to [`~MeritConfig.from_yaml`], which asks TRL's SFTConfig."""
+        """Check a mapping; [`~MeritConfig.from_yaml`] also asks TRL and PEFT about the values of `sft` and `peft`."""
         if "root" in content:
-            raise ConfigError(f"{source}: unknown key `root`. {_nearest('root', _keys(cls))}")
+            raise ConfigError(f"{source}: unknown key `root`. {nearest('root', _keys(cls))}")
         try:
             config = cls.model_validate({**content, "root": root})
         except ValidationError as error:
@@ -203,9 +224,42 @@ class MeritConfig(_Section):
                 f"{source}: plan.num_groups={wanted}, but plan.split={self.plan.split} gives {self.num_groups}. "
                 "Leave plan.num_groups out."
             )
+        check_merge_method(self.merge.engine, self.merge.method, self.merge.parameters, source)
+        for dataset in self.datasets:
+            if dataset.metric is not None:
+                check_metric(dataset.metric, f"{source}: datasets.{dataset.name}.metric")
         untagged = [dataset.name for dataset in self.datasets if dataset.tag is None]
         if self.plan.split == "by_tag" and untagged:
             raise ConfigError(f"{source}: plan.split=by_tag, but dataset `{untagged[0]}` has no `tag`. Give it one.")
+        if self.peft is None and self.merge.adapters != "dense":
+            raise ConfigError(
+                f"{source}: merge.adapters={self.merge.adapters}, but without `peft:` the groups are whole models. "
+                "Leave merge.adapters out, or add `peft:`."
+            )
+        if (self.merge.adapters == "svd") != (self.merge.svd_rank is not None):
+            raise ConfigError(
+                f"{source}: merge.adapters={self.merge.adapters} with merge.svd_rank={self.merge.svd_rank}: `svd` "
+                "needs a rank, and nothing else takes one."
+            )
+
+
+def check_merge_method(engine: str, method: str, parameters: typing.Mapping[str, Any], source: str) -> None:
+    """Methods other than the mean are mergekit's.
+
+    Raises:
+        ConfigError: another engine is to run one, or parameters are given to a mean.
+    """
+    if method != "linear" and engine != "mergekit":
+        raise ConfigError(f"{source}: method {method} is mergekit's, and engine is {engine}. Set engine to mergekit.")
+    if method == "linear" and parameters:
+        raise ConfigError(f"{source}: parameters {sorted(parameters)} for method linear, which has none. Set method.")
+
+
+def check_metric(name: str, where: str) -> None:
+    """Raises ConfigError where `name` is no metric of `merit evaluate`."""
+    if name not in METRICS and not re.fullmatch(re.escape(REASONING_GYM) + r"\w+", name):
+        choices = [*METRICS, f"{REASONING_GYM}TASK"]
+        raise ConfigError(f"{where}={name!r} is not one of {', '.join(choices)}. {nearest(name, choices)}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -220,6 +274,17 @@ _Loader.add_implicit_resolver(
 def parse_value(text: str) -> Any:
     """The value of a `key=value` override, read as YAML."""
     return yaml.load(text, _Loader) if text else None
+
+
+def parse_parameters(texts: typing.Sequence[str]) -> dict[str, Any]:
+    """`["density=0.5"]` → `{"density": 0.5}`."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--parameter `{text}`: expected KEY=VALUE, such as density=0.5.")
+        found[key] = parse_value(value)
+    return found
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -252,7 +317,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             named = {item.get("name"): item for item in node if isinstance(item, dict)}
             if part not in named:
-                raise ConfigError(f"override `{override}`: no dataset is named `{part}`. {_nearest(part, named)}")
+                raise ConfigError(f"override `{override}`: no dataset is named `{part}`. {nearest(part, named)}")
             node = named[part]
             continue
         if node.get(part) is None:
@@ -270,12 +335,6 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 def _keys(model: Any) -> list[str]:
     return [name for name, field in model.model_fields.items() if not field.exclude]
-
-
-def _nearest(key: object, choices: typing.Iterable[Any]) -> str:
-    names = [str(choice) for choice in choices]
-    match = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    return f"Did you mean `{match[0]}`?" if match else f"Valid: {', '.join(names)}."
 
 
 def _section_of(location: tuple[int | str, ...]) -> type[BaseModel]:
@@ -300,13 +359,13 @@ def _explain(error: ValidationError, content: dict[str, Any], source: str) -> st
     kind, context = first["type"], first.get("ctx", {})
     if kind == "extra_forbidden":
         return (
-            f"{source}: unknown key `{key}` (value {value!r}). {_nearest(location[-1], _keys(_section_of(location)))}"
+            f"{source}: unknown key `{key}` (value {value!r}). {nearest(location[-1], _keys(_section_of(location)))}"
         )
     if kind == "missing":
         return f"{source}: `{key}` is missing and has no default. Add it."
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
-        return f"{source}: {key}={value!r} is not one of {', '.join(choices)}. {_nearest(value, choices)}"
+        return f"{source}: {key}={value!r} is not one of {', '.join(choices)}. {nearest(value, choices)}"
     expected = first["msg"].replace("Input should be ", "").replace("a valid ", "")
     return f"{source}: {key}={value!r} ({type(value).__name__}): expected {expected}."
 
@@ -315,50 +374,22 @@ def check_sft(sft: dict[str, Any], source: str) -> None:
     """Names and types of `sft` against the installed TRL's SFTConfig (imported here: it brings torch)."""
     if not sft:
         return
-    import dataclasses
-
     from trl import SFTConfig
 
-    hints = typing.get_type_hints(SFTConfig)
-    fields = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
-    for key, value in sft.items():
-        if key not in fields:
-            raise ConfigError(f"{source}: unknown key `sft.{key}` (value {value!r}). {_nearest(key, fields)}")
-        if not _fits(value, hints[key]):
-            kind = getattr(hints[key], "__name__", None) or str(hints[key]).replace("typing.", "")
-            raise ConfigError(f"{source}: sft.{key}={value!r} ({type(value).__name__}): expected {kind}.")
-        choices = [member.value for hint in _members(hints[key]) if _is_enum(hint) for member in hint]
-        if choices and value is not None and value not in choices:
-            raise ConfigError(f"{source}: sft.{key}={value!r} is not a valid choice. {_nearest(value, choices)}")
+    _check_fields(sft, "sft", SFTConfig, source)
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_args(hint) and typing.get_origin(hint) is not dict else (hint,)
+def check_peft(peft: dict[str, Any] | None, source: str) -> None:
+    """Names and types of `peft` against the installed PEFT's LoraConfig (imported here: it brings torch)."""
+    if not peft:
+        return
+    from peft import LoraConfig
+
+    _check_fields(peft, "peft", LoraConfig, source)
 
 
-def _is_enum(hint: Any) -> bool:
-    import enum
-
-    return isinstance(hint, type) and issubclass(hint, enum.Enum)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    for member in _members(hint):
-        origin = typing.get_origin(member) or member
-        if member is type(None) or origin is type(None):
-            if value is None:
-                return True
-        elif origin is Any:
-            return True
-        elif origin is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return True
-        elif origin is int:
-            if isinstance(value, int) and not isinstance(value, bool):
-                return True
-        elif _is_enum(origin):
-            if isinstance(value, str):
-                return True
-        elif isinstance(origin, type) and isinstance(value, origin):
-            return True
-    return False
+def _check_fields(values: dict[str, Any], section: str, kind: type, source: str) -> None:
+    try:
+        check_fields(values, section, kind)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from merit_hf.config import ConfigError, DatasetSection
+from merit_hf.config import REASONING_GYM, ConfigError, DatasetSection
 from merit_hf.hub import pin_revision
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -27,6 +27,8 @@ _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 _BUILDERS = frozenset(datasets.packaged_modules._PACKAGED_DATASETS_MODULES)
 _MAPPED = ("prompt", "completion", "messages", "text")
 _EXTRA = ("tools", "chat_template_kwargs")
+# What a task's own scorer needs beside the answer; of held-out rows only, so that it is no part of what is trained on.
+METADATA = "metadata"
 _DIGEST_MODULUS = 1 << 256
 
 
@@ -36,7 +38,8 @@ class LoadedDataset:
 
     Attributes:
         name: as in CONFIG.
-        train, eval: rows to train on and held-out rows (None where there are none).
+        train, eval: rows to train on and held-out rows (None where there are none). Held-out rows also keep a column
+            `metadata` where the dataset's metric reads it.
         format: TRL's name of the format, such as `conversational prompt-completion`.
         fingerprint: sha256 over the canonical JSON of the train rows.
         repo_id, revision: on the Hub; None for a local file.
@@ -71,6 +74,8 @@ def load_rows(spec: DatasetSection, root: Path, text_field: str = "text") -> Loa
         held_out = _columns(_read(spec, spec.path, spec.eval_split, root, revision), spec, text_field)
     else:
         train, held_out = hold_out(train, spec.eval_fraction, spec.name)
+    if METADATA in train.column_names:
+        train = train.remove_columns(METADATA)
     if held_out is not None and len(held_out) == 0:
         held_out = None
     return LoadedDataset(
@@ -247,7 +252,8 @@ def _columns(rows: datasets.Dataset, spec: DatasetSection, text_field: str) -> d
         )
     if "text" in mapping:
         mapping[text_field] = mapping.pop("text")
-    extra = [column for column in _EXTRA if column in found and column not in mapping.values()]
+    wanted = (*_EXTRA, METADATA) if (spec.metric or "").startswith(REASONING_GYM) else _EXTRA
+    extra = [column for column in wanted if column in found and column not in mapping.values()]
     rows = rows.select_columns([*mapping.values(), *extra])
     rows = rows.rename_columns({column: target for target, column in mapping.items() if column != target})
     return rows.map(_as_chat, desc=None) if spec.chat and "prompt" in mapping else rows

@@ -1,29 +1,39 @@
-"""Held-out loss of several models on every dataset of a plan, side by side."""
+"""Several models on the held-out data of a plan, side by side: loss, the task's own metric, length of the answers.
+
+    evaluation = evaluate_models(plan, {"base": plan.base_folder(), "merged": merged}, output=Path("runs/evaluation"))
+
+What a model did on a dataset is kept in `output`/evaluation_cache as soon as it is there, so that a call that was
+stopped goes on and a model that is added is the only one that runs.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
-import torch
-from rich.table import Table
-from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from merit_hf.config import ConfigError
-from merit_hf.data import seed_of
-from merit_hf.gradients import batch_by_tokens, sample_indices
-from merit_hf.mixture import plan_specs, prepare_dataset, read_mixture
+from merit_hf.cards import merged_model_card
+from merit_hf.checkpoint import INDEX_NAME, SINGLE_NAME, read_tensor_index
+from merit_hf.comparison import compare, predictions
+from merit_hf.comparison_table import evaluation_table as evaluation_table
+from merit_hf.config import ConfigError, DatasetSection
+from merit_hf.evaluator import Evaluator, write_text
+from merit_hf.held_out import HeldOut, sample_held_out, with_questions
+from merit_hf.manifest import MANIFEST_NAME, read_manifest
+from merit_hf.merge import MERGEKIT_CONFIG_NAME
+from merit_hf.mixture import plan_specs, read_mixture
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
-from merit_hf.sft import build_args, collate, load_model, load_tokenizer, loss_sum, open_loss
+from merit_hf.sft import build_args, load_tokenizer
+from merit_hf.versions import library_versions
 
 EVALUATION_NAME = "evaluation.json"
+PREDICTIONS_NAME = "predictions.jsonl"
+CACHE_NAME = "evaluation_cache"
 
 
 def evaluate_models(
@@ -32,128 +42,117 @@ def evaluate_models(
     num_samples: int = 200,
     tokens_per_batch: int = 4096,
     progress: Progress | None = None,
+    *,
+    generate: bool = True,
+    max_new_tokens: int = 256,
+    metrics: Mapping[str, str] | None = None,
+    output: Path | None = None,
 ) -> dict[str, Any]:
-    """SFT's loss on held-out rows: the token mean of every dataset, in nats, for every model.
+    """Loss, score and answer length on held-out rows of every dataset, for every model, and their differences.
 
     Args:
         plan ([`PartitionPlan`]): names the datasets; their held-out rows are tokenised as for training.
-        models (`dict`): {label: folder of a checkpoint}.
+        models (`dict`): {label: folder of a checkpoint}; "base" and "joint" are what the others are held against.
         num_samples (`int`, *optional*, defaults to `200`): at most so many held-out rows a dataset.
-        tokens_per_batch (`int`, *optional*, defaults to `4096`): padded tokens in a batch; does not change the losses.
+        tokens_per_batch (`int`, *optional*, defaults to `4096`): padded tokens in a batch; does not change the result.
         progress ([`Progress`], *optional*): where to show it.
+        generate (`bool`, *optional*, defaults to `True`): let the models answer; otherwise losses only.
+        max_new_tokens (`int`, *optional*, defaults to `256`): limit of an answer.
+        metrics (`dict`, *optional*): {dataset: metric} in place of the plan's.
+        output (`Path`, *optional*): where to keep finished work, and write predictions.jsonl.
 
     Returns:
-        {"metric", "plan_sha256", "models": [label, …], "datasets": {name: {"group", "num_examples", "num_loss_tokens",
-        "loss": {label: …}}}, "mean": {label: unweighted mean over the datasets}}.
+        The content of evaluation.json, as docs/evaluate.md describes it.
 
     Raises:
-        ConfigError: no dataset has held-out rows.
+        ConfigError: no dataset has held-out rows; a metric that is unknown, or whose library is not installed.
+        MeritError: a model cannot be read.
     """
     progress = progress or Progress()
-    base = plan.base_folder()
+    for folder in models.values():
+        # Hours of answers come before the last model is loaded: what cannot be read is told now.
+        if (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists():
+            read_tensor_index(folder)
     args = build_args(plan.config["sft"])
-    tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
-    specs, root = plan_specs(plan, plan.names)
-    loaded, _ = read_mixture(specs, root, args, progress)
-    losses: dict[str, dict[str, float]] = {}
-    rows: dict[str, datasets.Dataset] = {}
-    for label, folder in models.items():
-        model = load_model(folder, args)
-        if not rows:
-            rows = _held_out(loaded, model, tokenizer, args, num_samples)
-        losses[label] = _losses(label, model, tokenizer, args, rows, tokens_per_batch, progress)
-        del model
+    base = plan.base_folder()
+    tokenizer, context = load_tokenizer(base, plan.base.get("chat_template")), _context(base)
+    held_out = _held_out(plan, tokenizer, args, num_samples, generate, metrics or {}, context, progress)
+    limit = max_new_tokens if generate else None
+    cache = None if output is None else output / CACHE_NAME
+    evaluator = Evaluator(plan, tokenizer, args, held_out, tokens_per_batch, limit, context, cache, progress)
+    measured = {label: evaluator.measure(label, folder) for label, folder in models.items()}
     groups = {dataset.name: dataset.group for dataset in plan.datasets}
-    return {
-        "metric": "held-out SFT loss, nats a token",
-        "plan_sha256": plan.sha256,
-        "models": list(models),
-        "datasets": {
-            name: {
-                "group": groups[name],
-                "num_examples": len(rows[name]),
-                "num_loss_tokens": _num_loss_tokens(rows[name]),
-                "loss": {label: losses[label][name] for label in models},
-            }
-            for name in rows
-        },
-        "mean": {label: float(np.mean([losses[label][name] for name in rows])) for label in models},
-    }
+    if output is not None and generate:
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in predictions(groups, held_out, measured)]
+        write_text(output / PREDICTIONS_NAME, "".join(lines))
+    settings = {"num_samples": num_samples, "generate": generate, "max_new_tokens": limit}
+    return compare(plan.sha256, groups, held_out, measured, settings, library_versions())
 
 
 def save_evaluation(evaluation: dict[str, Any], folder: Path) -> Path:
     """Write evaluation.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / EVALUATION_NAME
-    path.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 
-def evaluation_table(evaluation: dict[str, Any]) -> Table:
-    """Datasets down, models across; bold is the lowest loss, underlined the dataset's own group."""
-    labels = evaluation["models"]
-    table = Table(title=f"{evaluation['metric']} (lower is better; bold: lowest, underlined: own group)")
-    table.title_justify = "left"
-    table.add_column("dataset", no_wrap=True)
-    for label in ("group", *labels):
-        table.add_column(label, justify="right", no_wrap=True)
-    for name, row in evaluation["datasets"].items():
-        lowest = min(row["loss"].values())
-        cells = []
-        for label in labels:
-            style = "bold " if row["loss"][label] == lowest else ""
-            style += "underline" if label == f"group-{row['group']}" else ""
-            cells.append(Text(f"{row['loss'][label]:.3f}", style))
-        table.add_row(Text(name), str(row["group"]), *cells)
-    table.add_section()
-    table.add_row("mean", "", *(f"{evaluation['mean'][label]:.3f}" for label in labels))
-    return table
+def update_card(plan: PartitionPlan, merged: Path, evaluation: Mapping[str, Any]) -> None:
+    """Write a merged model's card again, with these numbers in it. No file that merit.json hashes is touched."""
+    recipe = (merged / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
+    write_text(merged / "README.md", merged_model_card(plan, read_manifest(merged), recipe, evaluation))
+
+
+def merged_models(plan: PartitionPlan, models: Mapping[str, Path]) -> list[Path]:
+    """The folders among `models` that were merged from this plan's groups.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = []
+    for folder in models.values():
+        if (folder / MANIFEST_NAME).is_file():
+            manifest = read_manifest(folder)
+            if manifest.get("kind") == "merged" and manifest["plan"]["sha256"] == plan.sha256:
+                found.append(folder)
+    if not found:
+        raise ConfigError(
+            f"--card: none of the models was merged from plan {plan.sha256[:12]}, so there is no card to write. Name "
+            "the folder that `merit merge` made."
+        )
+    return found
 
 
 def _held_out(
-    loaded: Sequence[Any],
-    model: PreTrainedModel,
+    plan: PartitionPlan,
     tokenizer: PreTrainedTokenizerBase,
     args: SFTConfig,
     num_samples: int,
-) -> dict[str, datasets.Dataset]:
-    rows = {}
-    for dataset in loaded:
-        if dataset.eval is None:
-            continue
-        held_out = prepare_dataset(dataset, model, tokenizer, args).eval
-        if held_out is not None:
-            rows[dataset.name] = held_out.select(
-                sample_indices(len(held_out), num_samples, seed_of("evaluate", dataset.name))
-            )
-    if not rows:
-        raise ConfigError("no dataset has held-out rows. Give `eval_path`, `eval_split` or `eval_fraction`.")
-    return rows
-
-
-def _losses(
-    label: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: SFTConfig,
-    rows: Mapping[str, datasets.Dataset],
-    tokens_per_batch: int,
+    generate: bool,
+    metrics: Mapping[str, str],
+    context: int | None,
     progress: Progress,
-) -> dict[str, float]:
-    losses = {}
-    total = sum(sum(map(len, held_out["input_ids"])) for held_out in rows.values())
-    with progress.stage(f"Evaluating {label}", total=total, unit="tokens") as stage:
-        for number, (name, held_out) in enumerate(rows.items(), 1):
-            stage.item(f"{name} ({number} of {len(rows)})")
-            lengths = [len(ids) for ids in held_out["input_ids"]]
-            nats = 0.0
-            with open_loss(model, tokenizer, args, held_out) as trainer, torch.no_grad():
-                for indices in batch_by_tokens(lengths, tokens_per_batch):
-                    nats += float(loss_sum(trainer, collate(trainer, held_out, indices)))
-                    stage.advance(sum(lengths[i] for i in indices))
-            losses[name] = nats / max(1, _num_loss_tokens(held_out))
-    return losses
+) -> list[HeldOut]:
+    unknown = sorted(set(metrics) - set(plan.names))
+    if unknown:
+        raise ConfigError(f"metric of `{unknown[0]}`: the plan has no such dataset. It has: {', '.join(plan.names)}.")
+    planned, root = plan_specs(plan, plan.names)
+    specs = {spec.name: _with_metric(spec, metrics) for spec in planned}
+    loaded, _ = read_mixture(list(specs.values()), root, args, progress)
+    sampled = sample_held_out(loaded, num_samples)
+    if not generate:
+        return sampled
+    return [
+        with_questions(
+            held_out, tokenizer, specs[held_out.name].metric, "call" if held_out.name in metrics else "config", context
+        )
+        for held_out in sampled
+    ]
 
 
-def _num_loss_tokens(rows: datasets.Dataset) -> int:
-    return sum(sum(label != -100 for label in labels[1:]) for labels in rows["labels"])
+def _with_metric(spec: DatasetSection, metrics: Mapping[str, str]) -> DatasetSection:
+    return spec.model_copy(update={"metric": metrics[spec.name]}) if spec.name in metrics else spec
+
+
+def _context(base: Path) -> int | None:
+    """The positions that the base knows; None where its config does not say."""
+    return getattr(AutoConfig.from_pretrained(str(base)).get_text_config(), "max_position_embeddings", None)

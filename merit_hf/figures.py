@@ -1,8 +1,11 @@
-"""The pictures of a plan, as PNG: conflict heatmap, conflict axes, tokens by group. Same plan, same bytes."""
+"""The pictures of a plan and of a run, as PNG. Same plan, same bytes.
+
+conflict heatmap, conflict axes, tokens by group; training losses and held-out losses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 
 from merit_hf.text import public_text
 
@@ -19,8 +23,19 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; beyond eight groups they repeat with other markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#555555")
+_DARK = (0, 7)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# How a model is drawn next to the others: colour, marker, whether the marker is open.
+MODELS = {
+    "base": ("#555d66", "o", True),
+    "joint": ("#D55E00", "s", False),
+    "own group": ("#009E73", "^", False),
+    "merged": ("#0072B2", "o", False),
+}
 _MAX_LABELS = 80
+# So many names fit along the largest heatmap, and so many are worth reading in a scatter.
+_MAX_TICKS = 150
+_MAX_NAMES = 40
 _MAX_VALUES = 16
 
 
@@ -46,7 +61,7 @@ def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequ
     Args:
         matrix: C, [T, T]. groups: the group of each dataset, [T].
     """
-    order = _display_order(matrix, groups)
+    order = display_order(matrix, groups)
     count = len(order)
     side = float(np.clip(2.2 + 0.36 * min(count, _MAX_LABELS), 3.8, 14.0))
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
@@ -56,8 +71,7 @@ def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequ
     limit = float(np.clip(np.ceil(10 * off_diagonal.max()) / 10, 0.1, 1.0)) if off_diagonal.size else 1.0
     image = axes.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     figure.colorbar(image, ax=axes, shrink=0.75, label=f"cosine (colours end at ±{limit:.1f})")
-    labels = [names[index] for index in order]
-    _label_ticks(axes, labels)
+    step = _label_ticks(axes, [names[index] for index in order])
     if count <= _MAX_VALUES:
         for row in range(count):
             for column in range(count):
@@ -76,12 +90,16 @@ def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequ
     for group in sorted(set(groups)):
         size = list(groups).count(group)
         axes.add_patch(Rectangle((start - 0.5, start - 0.5), size, size, fill=False, lw=2.0, ec="black"))
-        axes.text(
-            start - 0.42, start - 0.38, str(group), fontsize=8, weight="bold", va="top", ha="left", color="white"
-        )
+        axes.annotate(
+            str(group), (start + (size - 1) / 2, -0.5), (0, 3), textcoords="offset points", fontsize=8,
+            weight="bold", ha="center", va="bottom",
+        )  # fmt: skip
         start += size
+    note = "" if step == 1 else f"; 1 name in {step} is shown"
     axes.set_title(
-        "Which datasets pull together (blue) and which conflict (red)\nboxes: the groups, numbered", fontsize=10
+        f"Which datasets pull together (blue) and which conflict (red)\nboxes: the groups, numbered{note}",
+        fontsize=10,
+        pad=18,
     )
     _save(figure, path)
 
@@ -97,28 +115,36 @@ def save_pca_scatter(
     """Datasets on the first two conflict axes, coloured by group, area by tokens.
 
     Args:
-        coordinates: [T, r ≥ 1]. explained: share of the variance of each axis, [≥ r].
+        coordinates: [T, r ≥ 1]; with a third axis, a second panel. explained: share of the variance of each axis.
     """
-    figure = Figure(figsize=(7.5, 5.8), layout="constrained")
-    axes = figure.subplots()
-    x = coordinates[:, 0]
-    y = coordinates[:, 1] if coordinates.shape[1] > 1 else np.zeros(len(x))
+    others: list[int | None] = [*range(1, min(coordinates.shape[1], 3))] or [None]
+    figure = Figure(figsize=(7.5 * len(others), 5.8), layout="constrained")
+    panels = figure.subplots(1, len(others), squeeze=False)[0]
     sizes = np.asarray(num_input_tokens, dtype=float)
-    areas = 30 + 220 * sizes / max(sizes.max(), 1.0)
-    for group in sorted(set(groups)):
-        mine = np.array(groups) == group
-        axes.scatter(
-            x[mine], y[mine], s=areas[mine], color=_COLOURS[group % 8], marker=_MARKERS[group // 8 % 8], alpha=0.85,
-            edgecolor="white", label=f"group {group}",
-        )  # fmt: skip
-    if len(names) <= _MAX_LABELS:
-        _annotate(figure, axes, x, y, names)
-    axes.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
-    axes.axvline(0, color="#bbbbbb", lw=0.8, zorder=0)
-    axes.set_xlabel(_axis_label(0, explained))
-    axes.set_ylabel(_axis_label(1, explained))
-    axes.set_title("The datasets on the main axes of conflict (area: tokens)", fontsize=10)
-    axes.legend(loc="best", fontsize=8, markerscale=0.6, ncols=1 + len(set(groups)) // 9)
+    crowd = min(1.0, _MAX_LABELS / len(names))
+    areas = (30 + 220 * sizes / max(sizes.max(), 1.0)) * crowd
+    x = coordinates[:, 0]
+    heights = [np.zeros(len(x)) if other is None else coordinates[:, other] for other in others]
+    for axes, other, y in zip(panels, others, heights, strict=True):
+        for group in sorted(set(groups)):
+            mine = np.array(groups) == group
+            axes.scatter(
+                x[mine], y[mine], s=areas[mine], color=_COLOURS[group % 8], marker=_MARKERS[group // 8 % 8],
+                alpha=0.85, edgecolor="white", label=f"group {group}",
+            )  # fmt: skip
+        axes.margins(x=0.24, y=0.14)
+        axes.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
+        axes.axvline(0, color="#bbbbbb", lw=0.8, zorder=0)
+        axes.set_xlabel(_axis_label(0, explained))
+        axes.set_ylabel(_axis_label(other or 1, explained))
+    note = "" if len(names) <= _MAX_NAMES else "; named: the outermost"
+    figure.suptitle(f"The datasets on the main axes of conflict (area: tokens{note})", fontsize=10)
+    legend = panels[0].legend(loc="best", fontsize=8, markerscale=0.6 / crowd**0.5, ncols=1 + len(set(groups)) // 9)
+    # Places in pixels are final only once every panel is laid out.
+    FigureCanvasAgg(figure).draw()
+    figure.set_layout_engine("none")
+    for axes, y in zip(panels, heights, strict=True):
+        _annotate(figure, axes, x, y, names, legend.get_window_extent() if axes is panels[0] else None)
     _save(figure, path)
 
 
@@ -134,7 +160,15 @@ def save_group_sizes(names: Sequence[str], groups: Sequence[int], num_input_toke
             width = num_input_tokens[index]
             axes.barh(row, width, left=left, color=_COLOURS[group % 8], edgecolor="white", lw=1)
             if width > 0.07 * total / max(1, len(numbers)) * 2 and len(names) <= _MAX_LABELS:
-                axes.text(left + width / 2, row, names[index], ha="center", va="center", fontsize=6.5, color="black")
+                axes.text(
+                    left + width / 2,
+                    row,
+                    names[index],
+                    ha="center",
+                    va="center",
+                    fontsize=6.5,
+                    color="white" if group % 8 in _DARK else "black",
+                )
             left += width
     axes.set_yticks(range(len(numbers)), [f"group {group}" for group in numbers], fontsize=8)
     axes.invert_yaxis()
@@ -143,12 +177,59 @@ def save_group_sizes(names: Sequence[str], groups: Sequence[int], num_input_toke
     _save(figure, path)
 
 
+def save_losses(logs: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """Training loss over steps, a line a model.
+
+    Args:
+        logs: {"group 0" or "joint": [(step, loss), …]}.
+    """
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(logs.items()):
+        steps, losses = zip(*points, strict=True)
+        joint = name == "joint"
+        axes.plot(
+            steps, losses, ":" if joint else "-", color="black" if joint else _COLOURS[number % 8], lw=1.6, label=name,
+            marker=_MARKERS[number % 8] if len(points) <= 40 else None, ms=4,
+        )  # fmt: skip
+    axes.grid(color="#dddddd", lw=0.6)
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss (nats a token)")
+    axes.legend(fontsize=8, ncols=1 + len(logs) // 9)
+    _save(figure, path)
+
+
+def save_comparison(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Held-out loss of several models, a row a dataset; the bar goes from the base to the merged model.
+
+    Args:
+        rows: {dataset: {model: loss}}, in the order to show; models as in [`MODELS`].
+    """
+    figure = Figure(figsize=(7.5, float(np.clip(1.2 + 0.24 * len(rows), 2.2, 16.0))), layout="constrained")
+    axes = figure.subplots()
+    for row, losses in enumerate(rows.values()):
+        if {"base", "merged"} <= losses.keys():
+            axes.plot([losses["base"], losses["merged"]], [row, row], color="#cfd4da", lw=4, zorder=1)
+    for model, (colour, marker, open_) in MODELS.items():
+        places = [(losses[model], row) for row, losses in enumerate(rows.values()) if model in losses]
+        if places:
+            x, y = zip(*places, strict=True)
+            axes.scatter(x, y, marker=marker, s=42, facecolor="white" if open_ else colour, edgecolor=colour,
+                         label=model, zorder=2)  # fmt: skip
+    axes.set_yticks(range(len(rows)), [public_text(name, 40) for name in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    axes.set_xlabel("held-out loss (nats a token); lower is better")
+    axes.legend(fontsize=8, ncols=len(MODELS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    _save(figure, path)
+
+
 def _axis_label(axis: int, explained: Sequence[float]) -> str:
     share = f" ({explained[axis]:.0%} of the variance)" if axis < len(explained) else ""
     return f"conflict axis {axis + 1}{share}"
 
 
-def _display_order(matrix: np.ndarray, groups: Sequence[int]) -> np.ndarray:
+def display_order(matrix: np.ndarray, groups: Sequence[int]) -> np.ndarray:
     """Positions sorted by group, and inside a group by hierarchical clustering of the rows."""
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
@@ -164,30 +245,38 @@ def _display_order(matrix: np.ndarray, groups: Sequence[int]) -> np.ndarray:
     return np.array(order)
 
 
-def _label_ticks(axes: Axes, labels: Sequence[str]) -> None:
-    if len(labels) > _MAX_LABELS:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        return
+def _label_ticks(axes: Axes, labels: Sequence[str]) -> int:
+    """Name every row and column, or every n-th where there is no room; returns n."""
+    step = -(-len(labels) // _MAX_TICKS)
     size = float(np.clip(11 - 0.08 * len(labels), 4.5, 8.5))
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
-    axes.set_yticks(range(len(labels)), labels, fontsize=size)
+    positions = range(0, len(labels), step)
+    axes.set_xticks(positions, labels[::step], rotation=90, fontsize=size)
+    axes.set_yticks(positions, labels[::step], fontsize=size)
+    return step
 
 
-def _annotate(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
-    """Names beside their points, each moved to the first free place around it."""
-    axes.margins(x=0.24, y=0.14)
-    FigureCanvasAgg(figure).draw()
+def _annotate(
+    figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], legend: Bbox | None
+) -> None:
+    """Names beside their points, each moved to the first free place around it, inside the axes and off the legend."""
     to_pixels = axes.transData.transform(np.column_stack([x, y]))
     taken = [(px - 7, py - 7, px + 7, py + 7) for px, py in to_pixels]
+    taken += [legend.extents] if legend is not None else []
+    inside = axes.get_window_extent()
     places = ((9, -3), (9, 9), (9, -15), (-9, -3), (-9, 9), (-9, -15), (9, 21), (-9, 21), (9, -27), (-9, -27))
+    # The outermost names are the ones worth reading; those of the crowd in the middle would hide it.
+    outermost = np.argsort(-((x / max(x.std(), 1e-12)) ** 2 + (y / max(y.std(), 1e-12)) ** 2), kind="stable")
+    named = set(outermost[:_MAX_NAMES].tolist())
     for index in np.argsort(-y, kind="stable"):
+        if int(index) not in named:
+            continue
         px, py = to_pixels[index]
         width = 4.6 * len(names[index]) * figure.dpi / 72
         for dx, dy in places:
             left = px + dx if dx > 0 else px + dx - width
-            box = (left, py + dy, left + width, py + dy + 10)
-            if all(box[0] > t[2] or box[2] < t[0] or box[1] > t[3] or box[3] < t[1] for t in taken):
+            box = (left, py + dy, left + width, py + dy + 11)
+            within = box[0] > inside.x0 and box[2] < inside.x1 and box[1] > inside.y0 and box[3] < inside.y1
+            if within and all(box[0] > t[2] or box[2] < t[0] or box[1] > t[3] or box[3] < t[1] for t in taken):
                 break
         else:
             continue  # No free place: a name on top of another would make both unreadable.

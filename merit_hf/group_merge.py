@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from merit_hf.adapter_merge import merge_adapters_into
 from merit_hf.cards import merged_model_card
 from merit_hf.checkpoint import atomic_folder, weights_sha256
 from merit_hf.checks import Check, failed, manifest_checks
@@ -20,6 +22,7 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import resolve_model
 from merit_hf.manifest import hash_files, read_manifest, write_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME, MergeStats, merge_into, model_reference
+from merit_hf.mergekit_engine import MethodUse, mergekit_config
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.sources import FolderSource, Source, open_source
 from merit_hf.verify import verify_checkpoints
@@ -41,46 +44,113 @@ def merge_groups(
     out_dtype: str | None = None,
     exclude: Sequence[int] = (),
     allow_missing: bool = False,
+    adapters: str = "dense",
+    svd_rank: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    method: str = "linear",
+    parameters: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    soup: Sequence[Mapping[str, Any]] | None = None,
 ) -> MergeStats:
     """Merge the groups of a plan once, after verifying each checkpoint against it.
 
     Args:
         plan ([`PartitionPlan`]): the plan they were trained from.
         checkpoints (`Sequence`): folders or Hub ids (`org/name[@revision]`), in any order.
-        output (`str` or `Path`): new folder; as in [`merge_checkpoints`], also `engine`, `out_dtype` and `progress`.
+        output (`str` or `Path`): new folder; as in [`merge_checkpoints`], also `engine`, `out_dtype`, `progress`,
+            `method`, `parameters` and `device`.
         base (`str` or `Path`, *optional*): folder or Hub id of θ0, where the plan's own is not at hand.
         weights (`str` or `Path`, *optional*, defaults to `"tokens"`): `tokens` (the plan's `train_input_tokens`),
             `loss_tokens`, `uniform`, or a YAML or JSON file that maps group to weight.
         exclude (`Sequence[int]`, *optional*): groups to leave out; the others' weights are normalised.
         allow_missing (`bool`, *optional*, defaults to `False`): merge what is there, weights normalised.
+        adapters (`str`, *optional*, defaults to `"dense"`): what LoRA groups become: `dense`, the full checkpoint
+            W + Σ w_k s_k B_k A_k; `concat`, the same as an adapter of summed rank; `svd`, its best approximation by an
+            adapter of `svd_rank`.
+        svd_rank (`int`, *optional*): see `adapters`.
+        soup (`Sequence[Mapping]`, *optional*): how the groups were chosen, for the manifest; see [`greedy_soup`].
 
     Raises:
-        ConfigError: a group is missing, given twice, not in the plan, or has no usable weight; or `output` exists.
+        ConfigError: a group is missing, given twice, not in the plan, or has no usable weight; `output` exists; or
+            engine, out_dtype or adapters do not fit what the plan trains.
         MeritError: a checkpoint or the base does not verify, or the merge refuses it.
     """
-    chosen = _chosen_groups(plan, checkpoints, exclude, allow_missing)
+    _check_adapters(plan, engine, out_dtype, adapters, svd_rank)
+    chosen = chosen_groups(plan, checkpoints, exclude, allow_missing)
     numbers = sorted(chosen)
     values = group_weights(plan, numbers, weights)
     folder = plan.base_folder() if base is None else _locate(base, "base")
     with atomic_folder(Path(output)) as part:
         _verify_base(plan, folder)
-        folders = _verified_folders(plan, [chosen[number] for number in numbers])
-        stats = merge_into(part, folder, folders, values, out_dtype, engine, progress=progress)
+        folders = verified_folders(plan, [chosen[number] for number in numbers])
+        stats: MergeStats
+        if adapters == "dense":
+            stats = merge_into(
+                part, folder, folders, values, out_dtype, engine, progress=progress, method=method,
+                parameters=parameters, device=device,
+            )  # fmt: skip
+        else:
+            stats = merge_adapters_into(part, folder, folders, values, adapters, svd_rank, progress)
+        if plan.peft:
+            recipe = adapters_recipe(folder, folders, values, stats.out_dtype)
+            (part / MERGEKIT_CONFIG_NAME).write_text(recipe, encoding="utf-8")
         if plan.base.get("chat_template") is not None:
             # The groups were trained with a template of the plan's, not with the base's own.
             (part / "chat_template.jinja").write_text(plan.base["chat_template"], encoding="utf-8")
-        manifest = _merged_manifest(plan, dict(zip(numbers, folders, strict=True)), values, engine, stats, part)
+        manifest = _merged_manifest(plan, dict(zip(numbers, folders, strict=True)), engine, stats, part)
         manifest["weights"] = weights if weights in ("tokens", "loss_tokens", "uniform") else "file"
         # None is the base's own; `out_dtype` in the manifest is what that came to.
         manifest["asked_out_dtype"] = out_dtype
+        if plan.peft:
+            manifest |= {"peft": plan.peft, "adapters": adapters, "svd_rank": svd_rank}
+        manifest["method"], manifest["parameters"] = method, dict(parameters or {})
+        if soup is not None:
+            manifest["soup"] = list(soup)
         write_manifest(part, manifest)
         recipe = (part / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
         (part / "README.md").write_text(merged_model_card(plan, manifest, recipe), encoding="utf-8")
     return stats
 
 
-def _chosen_groups(
+def _check_adapters(
+    plan: PartitionPlan, engine: str, out_dtype: str | None, adapters: str, svd_rank: int | None
+) -> None:
+    if adapters not in ("dense", "concat", "svd"):
+        raise ConfigError(f"adapters {adapters!r}: expected one of dense, concat, svd.")
+    if adapters != "dense" and not plan.peft:
+        raise ConfigError(f"adapters {adapters!r}: the plan's groups are whole models. Leave it out.")
+    if (adapters == "svd") != (svd_rank is not None):
+        raise ConfigError(
+            f"adapters {adapters!r} with svd_rank {svd_rank}: `svd` needs a rank, and nothing else takes one."
+        )
+    if svd_rank is not None and svd_rank < 1:
+        raise ConfigError(f"svd_rank {svd_rank}: expected 1 or more.")
+    if plan.peft and engine != "safetensors":
+        raise ConfigError(f"engine {engine!r}: LoRA groups are merged by engine safetensors. Leave it out.")
+    if adapters != "dense" and out_dtype not in (None, "float32"):
+        raise ConfigError(f"out_dtype {out_dtype!r}: a merged adapter is float32. Leave it out, or merge dense.")
+
+
+def adapters_recipe(base: Path, folders: Sequence[Path], weights: Sequence[float], out_dtype: str) -> str:
+    """The mergekit config of the same dense sum: each model is the base with one adapter on it."""
+    adapters = [model_reference(folder) for folder in folders]
+    fractions = [weight / sum(weights) for weight in weights]
+    content = yaml.safe_load(mergekit_config(adapters, fractions, out_dtype, MethodUse(), model_reference(base)))
+    for model, adapter in zip(content["models"], adapters, strict=True):
+        model["model"] = {"model": _model_path(model_reference(base)), "lora": _model_path(adapter)}
+    content["base_model"] = copy.deepcopy(content["models"][0]["model"])
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _model_path(reference: str) -> dict[str, str]:
+    """mergekit's long form of a reference: it takes `+` and `@` in a path for syntax."""
+    if reference.startswith("/"):
+        return {"path": reference}
+    path, _, revision = reference.partition("@")
+    return {"path": path, "revision": revision}
+
+
+def chosen_groups(
     plan: PartitionPlan, checkpoints: Sequence[str | Path], exclude: Sequence[int], allow_missing: bool
 ) -> dict[int, Source]:
     """Checkpoint by group, as the manifests say, less the excluded groups; nothing is downloaded yet."""
@@ -164,8 +234,12 @@ def _group_of(plan: PartitionPlan, source: Source) -> int:
     return group
 
 
-def _verified_folders(plan: PartitionPlan, sources: Sequence[Source]) -> list[Path]:
-    """The folders of verified checkpoints, in order; refuses the first that does not verify."""
+def verified_folders(plan: PartitionPlan, sources: Sequence[Source]) -> list[Path]:
+    """The folders of verified checkpoints, in order.
+
+    Raises:
+        MeritError: the first check that failed, what it found and what it expected.
+    """
     folders = []
     for result in verify_checkpoints(plan, sources, LEVEL):
         if not result.ok or result.folder is None:
@@ -202,19 +276,20 @@ def _locate(path: str | Path, where: str) -> Path:
 def _merged_manifest(
     plan: PartitionPlan,
     folders: Mapping[int, Path],
-    values: Sequence[float],
     engine: str,
     stats: MergeStats,
     part: Path,
 ) -> dict[str, Any]:
     groups = []
-    for (number, folder), value in zip(folders.items(), values, strict=True):
+    fractions: Sequence[float | None] = stats.fractions or [None] * len(folders)
+    for (number, folder), fraction in zip(folders.items(), fractions, strict=True):
         manifest = read_manifest(folder)
         repo_id, _, revision = model_reference(folder).partition("@")
         groups.append(
             {
                 "group": number,
-                "weight": value / sum(values),
+                # None: the method takes no weights.
+                "weight": fraction,
                 "num_input_tokens": manifest["num_input_tokens"],
                 "num_loss_tokens": manifest["num_loss_tokens"],
                 "files_sha256": canonical_sha256(manifest["files"]),

@@ -64,6 +64,7 @@ def plan_groups(
     tokenizer: PreTrainedTokenizerBase,
     args: SFTConfig,
     base: dict[str, Any],
+    peft: dict[str, Any],
 ) -> list[PlannedGroup]:
     """Counts, replayed training budget, weight and identity of every group.
 
@@ -79,7 +80,7 @@ def plan_groups(
             merged = datasets.concatenate_datasets([trains[row.name] for row in members[number]])
             counts = count_tokens(training_rows(model, tokenizer, args, merged))
             budgets[number] = replay(counts.input_tokens, counts.loss_tokens, args)
-            identities[number] = group_identity(base, members[number], identity_fields(args))
+            identities[number] = group_identity(base, members[number], identity_fields(args), peft)
     total = sum(budget.num_input_tokens for budget in budgets.values())
     return [
         PlannedGroup(

@@ -24,9 +24,9 @@ from huggingface_hub.hf_api import RepoFile
 from merit_hf.checkpoint import TensorInfo, tensor_info
 from merit_hf.config import ConfigError, MeritError
 
-# Weights in pickle files are never fetched: nothing here reads them.
-_IGNORED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.pkl", "original/*",
-            "onnx/*"]  # fmt: skip
+# Weights in pickle files are never fetched: nothing here reads them. Nor are copies in another layout.
+_IGNORED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.pkl", "consolidated*",
+            "original/*", "onnx/*"]  # fmt: skip
 # One folder deep at most, no leading dot, nothing that a shell, a URL or a glob would read as anything but a name.
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_][\w.+=-]*(/[A-Za-z0-9_][\w.+=-]*)?", re.ASCII)
 MAX_FILES = 1000

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -53,8 +54,12 @@ def measure_gradients(
     folder: Path,
     worker: Worker,
     progress: Progress,
+    peft: dict[str, Any] | None = None,
 ) -> tuple[list[GradientReadout], float]:
     """The read-out of every dataset, in order, and the seconds this call took.
+
+    With a fresh adapter on the model the gradients are the adapter's: A's are exactly zero, since B is, and B's are a
+    random projection of the dense ones by A, which `sft.seed` draws and which is the same for every dataset.
 
     Read-outs in `folder` from an earlier try are kept where base, tokens, loss and read-out are the same. Several
     workers of one launch share the rest; each returns when all are done. `folder` exists until the plan is finished.
@@ -69,7 +74,7 @@ def measure_gradients(
     jobs = [
         _Job(d.name, d.counts.num_input_tokens, _sample(d, section), readout_path(folder, d.name), key)
         for d in prepared
-        for key in [_key(d, args, section, weights_sha256)]
+        for key in [_key(d, args, section, weights_sha256, peft)]
     ]
     missing = [job for job in jobs if job.load() is None]
     if len(missing) < len(jobs):
@@ -106,7 +111,9 @@ def _sample(dataset: PreparedDataset, section: PlanSection) -> datasets.Dataset:
     return dataset.train.select(usable[chosen])
 
 
-def _key(dataset: PreparedDataset, args: SFTConfig, section: PlanSection, weights_sha256: str) -> str:
+def _key(
+    dataset: PreparedDataset, args: SFTConfig, section: PlanSection, weights_sha256: str, peft: dict[str, Any] | None
+) -> str:
     return canonical_sha256(
         {
             "base": weights_sha256,
@@ -114,6 +121,7 @@ def _key(dataset: PreparedDataset, args: SFTConfig, section: PlanSection, weight
             "fingerprint": dataset.loaded.fingerprint,
             "loss": {field: str(getattr(args, field)) for field in _LOSS_FIELDS},
             "plan": section.model_dump(include=_READOUT_FIELDS),
+            **({"peft": peft, "seed": args.seed} if peft else {}),
         }
     )
 

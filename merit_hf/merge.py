@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from merit_hf.average import FLOATS, Average, Checkpoint, align, dtype_name
+from merit_hf.align import FLOATS, align
+from merit_hf.average import Average, dtype_name
 from merit_hf.checkpoint import ShardWriter, TensorInfo, atomic_folder, read_model_config, side_files
-from merit_hf.config import ConfigError, MeritError
+from merit_hf.config import ConfigError, check_merge_method
+from merit_hf.mergekit_engine import LINEAR, MethodUse, check_method, mergekit_config, run_mergekit
 
 MERGEKIT_CONFIG_NAME = "mergekit_config.yml"
 _OUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -35,6 +36,7 @@ class MergeStats:
 
     Attributes:
         num_tensors, num_parameters: of the merged model as stored.
+        fractions: the normalised weight of each checkpoint; None where the method takes none.
         displacement: ‖θ̄ − θ0‖, before the cast.
         group_displacements: ‖θ_k − θ0‖, in the order of the checkpoints.
         cast_loss: ‖cast(θ̄) − θ̄‖. cast_share: its share of the displacement.
@@ -44,6 +46,7 @@ class MergeStats:
 
     num_tensors: int
     num_parameters: int
+    fractions: list[float] | None
     displacement: float
     group_displacements: list[float]
     cast_loss: float
@@ -74,6 +77,10 @@ def merge_checkpoints(
     engine: str = "safetensors",
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
+    *,
+    method: str = LINEAR,
+    parameters: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> MergeStats:
     """Write θ̄ = Σ_k w_k θ_k, w normalised, with every side file of the base and `mergekit_config.yml`.
 
@@ -84,16 +91,25 @@ def merge_checkpoints(
         output (`str` or `Path`): new folder. Work goes on in `output.part`; a finished folder is complete.
         out_dtype (`str`, *optional*): `float32`, `bfloat16` or `float16`. Default: each tensor's dtype in the base.
         engine (`str`, *optional*, defaults to `"safetensors"`): `safetensors` streams the mean in float64;
-            `mergekit` lets mergekit compute it, and checks its result.
+            `mergekit` lets mergekit compute in float32, with checks before and after, and casts its result once.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): of an output file.
         progress (`Callable`, *optional*): called after each tensor with tensors done and in all.
+        method (`str`, *optional*, defaults to `"linear"`): of mergekit: `ties`, `dare_ties`, `slerp`, `karcher`, … θ0
+            is the base of those that take one.
+        parameters (`Mapping`, *optional*): of the method, by mergekit's names: `{"density": 0.5}`.
+        device (`str`, *optional*, defaults to `"cpu"`): where it is computed; needs float64.
 
     Raises:
-        ConfigError: a weight is not positive and finite, a checkpoint is listed twice, or `output` exists.
-        MeritError: the checkpoints do not fit the base or each other, hold a non-finite value, or cannot be read.
+        ConfigError: a weight is not positive and finite, a checkpoint is listed twice, a method or parameter does not
+            exist, there is no such device, or `output` exists.
+        MeritError: the checkpoints do not fit the base or each other, hold a non-finite value, or cannot be read;
+            mergekit would lose tensors.
     """
     with atomic_folder(Path(output)) as part:
-        stats = merge_into(part, base, checkpoints, weights, out_dtype, engine, max_shard_size, progress)
+        stats = merge_into(
+            part, base, checkpoints, weights, out_dtype, engine, max_shard_size, progress, method=method,
+            parameters=parameters, device=device,
+        )  # fmt: skip
     return stats
 
 
@@ -106,13 +122,20 @@ def merge_into(
     engine: str = "safetensors",
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
+    *,
+    method: str = LINEAR,
+    parameters: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> MergeStats:
     """[`merge_checkpoints`] into an existing empty folder, for callers that add files before they rename it."""
     start = time.monotonic()
     folders = [Path(checkpoint).resolve() for checkpoint in checkpoints]
-    fractions = _fractions(folders, weights)
+    fractions = normalised_weights(folders, weights)
     _check_choice("engine", engine, ("safetensors", "mergekit"))
     _check_choice("out_dtype", out_dtype, (None, *_OUT_DTYPES))
+    _check_device(device)
+    check_merge_method(engine, method, parameters or {}, "merge")
+    use = check_method(method, parameters or {}, len(folders)) if engine == "mergekit" else MethodUse()
     origin, *groups = align(Path(base), folders)
     tensors = {
         name: TensorInfo(_OUT_DTYPES[out_dtype] if out_dtype and info.dtype in FLOATS else info.dtype, info.shape)
@@ -122,20 +145,24 @@ def merge_into(
     _copy_side_files(Path(base), part, out_dtype)
     result = None
     if engine == "mergekit":
-        result = _run_mergekit(mergekit_config([str(folder) for folder in folders], fractions, dtype), part, tensors)
-    average = Average(origin, groups, fractions, result)
+        here = mergekit_config([str(f) for f in folders], fractions, "float32", use, str(Path(base).resolve()))
+        result = run_mergekit(here, part / "mergekit.part", tensors, device)
+    average = Average(origin, groups, fractions, result, device)
     with ShardWriter(part, tensors, max_shard_size) as writer:
-        for done, name in enumerate(writer.names, start=1):
-            writer.write(name, average.pieces(name, FLOATS.get(tensors[name].dtype, torch.float32)))
+        dtypes = {name: FLOATS.get(tensors[name].dtype, torch.float32) for name in writer.names}
+        for done, (name, pieces) in enumerate(average.stream(dtypes), start=1):
+            writer.write(name, pieces)
             if progress is not None:
                 progress(done, len(tensors))
     if result is not None:
         shutil.rmtree(result.folder)
-    recipe = mergekit_config([model_reference(folder) for folder in folders], fractions, dtype)
+    names = [model_reference(folder) for folder in folders]
+    recipe = mergekit_config(names, fractions, dtype, use, model_reference(Path(base).resolve()))
     (part / MERGEKIT_CONFIG_NAME).write_text(recipe, encoding="utf-8")
     return MergeStats(
         num_tensors=len(tensors),
         num_parameters=sum(info.num_elements for info in tensors.values()),
+        fractions=fractions if use.takes_weights else None,
         displacement=math.sqrt(average.squares["displacement"]),
         group_displacements=[math.sqrt(square) for square in average.group_squares],
         cast_loss=math.sqrt(average.squares["cast"]),
@@ -144,42 +171,14 @@ def merge_into(
     )
 
 
-def mergekit_config(references: Sequence[str], fractions: Sequence[float], out_dtype: str) -> str:
-    """The YAML with which `mergekit-yaml` makes the same mean, within one rounding of `out_dtype`.
-
-    `base_model` is one of the models, since mergekit otherwise takes config and tokenizer from any of them.
-    """
-    # mergekit reads `+` in a string as "with LoRA" and `@` as a revision; the long form of a path is taken as it is.
-    models = [
-        {"model": {"path": reference}} if reference.startswith("/") and set("+@") & set(reference) else reference
-        for reference in references
-    ]
-    config = {
-        "merge_method": "linear",
-        "models": [
-            {"model": model, "parameters": {"weight": fraction}}
-            for model, fraction in zip(models, fractions, strict=True)
-        ],
-        "base_model": models[0],
-        "parameters": {"normalize": True},
-        "dtype": "float32",
-        "out_dtype": out_dtype,
-    }
-
-    class Plain(yaml.SafeDumper):
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    return yaml.dump(config, Dumper=Plain, sort_keys=False, allow_unicode=True, width=1000)
-
-
 def model_reference(folder: Path) -> str:
     """`org/name@sha` of a snapshot in the Hub's cache, else the absolute path."""
     found = re.fullmatch(r".*/models--(.+)/snapshots/([0-9a-f]{40})", folder.as_posix())
     return f"{found[1].replace('--', '/')}@{found[2]}" if found else str(folder)
 
 
-def _fractions(folders: Sequence[Path], weights: Sequence[float]) -> list[float]:
+def normalised_weights(folders: Sequence[Path], weights: Sequence[float]) -> list[float]:
+    """Weights that sum to 1; ConfigError where one is not positive and finite, or a folder is listed twice."""
     if not folders:
         raise ConfigError("no checkpoints to merge: give at least one.")
     if len(weights) != len(folders):
@@ -198,6 +197,16 @@ def _fractions(folders: Sequence[Path], weights: Sequence[float]) -> list[float]
 def _check_choice(what: str, found: str | None, valid: Sequence[str | None]) -> None:
     if found not in valid:
         raise ConfigError(f"{what} {found!r}: expected one of {', '.join(str(v) for v in valid if v)}.")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).cpu()
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"device {device!r}: {reason}. Expected cpu, or an accelerator with float64 (cuda)."
+        ) from None
 
 
 def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
@@ -225,39 +234,6 @@ def _copy_side_files(base: Path, part: Path, out_dtype: str | None) -> None:
         config["dtype"] = out_dtype
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (part / "config.json").write_text(text, encoding="utf-8")
-
-
-def _run_mergekit(recipe: str, part: Path, expected: Mapping[str, TensorInfo]) -> Checkpoint:
-    """mergekit's merge in a folder inside `part`, refused where tensors are lost or have another shape."""
-    try:
-        from mergekit.config import MergeConfiguration
-        from mergekit.merge import MergeOptions, run_merge
-    except ImportError as error:
-        raise MeritError(f"engine mergekit: {error}. Install it with `pip install 'merit_hf[mergekit]'`.") from error
-    folder = part / "mergekit.part"
-    try:
-        run_merge(
-            MergeConfiguration.model_validate(yaml.safe_load(recipe)),
-            str(folder),
-            MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False),
-        )
-    except Exception as error:  # whatever mergekit raises on an architecture that it does not know
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MeritError(f"engine mergekit failed: {reason}. Merge with engine safetensors.") from error
-    result = Checkpoint(folder)
-    lost = sorted(expected.keys() - result.tensors.keys())
-    if lost:
-        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        raise MeritError(
-            f"engine mergekit lost {len(lost)} of {len(expected)} tensors: {shown}. Merge with engine safetensors."
-        )
-    for name, info in expected.items():
-        if result.tensors[name].shape != info.shape:
-            raise MeritError(
-                f"engine mergekit gave {name} the shape {result.tensors[name].shape}, expected {info.shape}. "
-                "Merge with engine safetensors."
-            )
-    return result
 
 
 def _six_digits(value: Any) -> Any:

@@ -57,20 +57,24 @@ class Movement:
 
 
 def measure_movement(base: Path, folders: Sequence[Path], file: str | None = None) -> Movement:
-    """Read base and checkpoints once. Tensors that the base lacks (an adapter's) count from zero.
+    """Read base and checkpoints once.
 
     Args:
-        file: read just this file of every checkpoint, such as an adapter's.
+        file: read just this file of every checkpoint, an adapter's. Its B factors start at zero and are what moves; of
+            the A factors, whose random start is not stored, only finiteness is looked at.
     """
-    origin = read_tensor_index(base)
+    origin = read_tensor_index(base) if file is None else {}
     indices = [read_tensor_index(folder, file) for folder in folders]
-    names = [name for name, info in indices[0].items() if info.dtype in _EPSILON]
+    floats = [name for name, info in indices[0].items() if info.dtype in _EPSILON]
+    names = [name for name in floats if file is None or ".lora_B." in name]
     num_groups, num_tensors = len(folders), len(names)
     squares, largest = np.zeros((num_groups, num_tensors)), np.zeros((num_groups, num_tensors))
     scale, gram, finite = np.zeros(num_tensors), np.zeros((num_groups, num_groups)), np.ones(num_groups, dtype=bool)
     with contextlib.ExitStack() as stack:
         readers = [_Reader(stack, folder, index) for folder, index in zip(folders, indices, strict=True)]
         start = _Reader(stack, base, origin)
+        for name in sorted(set(floats) - set(names)):
+            finite &= np.array([bool(torch.isfinite(reader.read(name, None)).all()) for reader in readers])
         for column, name in enumerate(names):
             for rows in _slices(indices[0][name].shape):
                 at = start.read(name, rows) if name in origin else None

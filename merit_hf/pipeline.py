@@ -1,4 +1,4 @@
-"""`merit run`: plan → train → merge → evaluate → cards, each stage skipped where it is done."""
+"""`merit run`: plan → train → merge → evaluate → cards → report, each stage skipped where it is done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merit_hf.cards import merged_model_card
+from merit_hf.cards import EVALUATION_FIGURE, merged_model_card
 from merit_hf.config import ConfigError, MeritConfig
 from merit_hf.evaluate import EVALUATION_NAME, evaluate_models, save_evaluation
 from merit_hf.group_merge import group_weights, merge_groups
@@ -19,6 +19,7 @@ from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
 from merit_hf.publish import licence_of, push_group, push_merged, push_plan
+from merit_hf.report import save_evaluation_figure, write_report
 from merit_hf.resolved import WEIGHTINGS
 
 
@@ -28,6 +29,7 @@ class RunResult:
 
     Attributes:
         evaluation: as [`evaluate_models`] returns it; None where no dataset has held-out rows.
+        report: the HTML page of it all.
         pushed: {folder: commit URL} of what went to the Hub.
     """
 
@@ -36,6 +38,7 @@ class RunResult:
     merged: Path
     joint: Path | None
     evaluation: dict[str, Any] | None
+    report: Path
     pushed: dict[str, str]
 
 
@@ -47,7 +50,8 @@ def run_all(
     accelerate_config: Path | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
-    """The whole road in `output`: plan/, groups/0 … K−1, merged/, evaluation.json; joint/ where it is asked for.
+    """The whole road in `output`: plan/, groups/0 … K−1, merged/, evaluation.json, report.html;
+    joint/ where it is asked for.
 
     Args:
         config ([`MeritConfig`]): the checked CONFIG.
@@ -80,7 +84,9 @@ def run_all(
         with progress.stage("Merging", unit="tensors") as stage:
             merge_groups(
                 plan, groups, merged, engine=config.merge.engine, weights=_weights(config),
-                out_dtype=config.merge.out_dtype, progress=stage.update,
+                out_dtype=config.merge.out_dtype, adapters=config.merge.adapters, svd_rank=config.merge.svd_rank,
+                method=config.merge.method, parameters=config.merge.parameters,
+                progress=stage.update,
             )  # fmt: skip
     models = {"base": plan.base_folder(), **({"joint": joint_model} if joint_model else {})}
     models |= {f"group-{number}": folder for number, folder in enumerate(groups)} | {"merged": merged}
@@ -88,13 +94,16 @@ def run_all(
     if any(spec.eval_path or spec.eval_split or spec.eval_fraction for spec in config.datasets):
         evaluation = _load_evaluation(output, plan, list(models))
         if evaluation is None:
-            evaluation = evaluate_models(plan, models, progress=progress)
+            evaluation = evaluate_models(plan, models, progress=progress, generate=False)
             recipe = (merged / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
-            card = merged_model_card(plan, read_manifest(merged), recipe, evaluation)
+            manifest = read_manifest(merged)
+            save_evaluation_figure(evaluation, manifest, merged)
+            card = merged_model_card(plan, manifest, recipe, evaluation, picture=EVALUATION_FIGURE)
             (merged / "README.md").write_text(card, encoding="utf-8")
             save_evaluation(evaluation, output)
+    report = write_report(output)
     pushed = _push(config, namespace, output, plan, groups, merged, evaluation) if namespace else {}
-    return RunResult(plan, groups, merged, joint_model, evaluation, pushed)
+    return RunResult(plan, groups, merged, joint_model, evaluation, report, pushed)
 
 
 def _joint(config: MeritConfig) -> MeritConfig:
@@ -109,14 +118,24 @@ def _check_merged(config: MeritConfig, plan: PartitionPlan, merged: Path) -> Non
         "plan": plan.sha256,
         "merge.engine": config.merge.engine,
         "merge.out_dtype": config.merge.out_dtype,
+        "merge.method": config.merge.method,
+        "merge.parameters": config.merge.parameters,
         "merge.weights": [value / sum(values) for value in values],
+        "merge.adapters": config.merge.adapters,
+        "merge.svd_rank": config.merge.svd_rank,
     }
     found = {
         "plan": manifest["plan"]["sha256"],
         "merge.engine": manifest["engine"],
         "merge.out_dtype": manifest.get("asked_out_dtype"),
+        "merge.method": manifest.get("method", "linear"),
+        "merge.parameters": manifest.get("parameters", {}),
         "merge.weights": [group["weight"] for group in manifest["groups"]],
+        "merge.adapters": manifest.get("adapters", "dense"),
+        "merge.svd_rank": manifest.get("svd_rank"),
     }
+    if None in found["merge.weights"]:  # of a method that takes none
+        del wanted["merge.weights"]
     for key, value in wanted.items():
         if found[key] != value:
             raise ConfigError(

@@ -44,6 +44,7 @@ class PartitionPlan:
         datasets: sorted by name.
         groups: 0 … K−1.
         sft: the identity fields of the SFT settings.
+        peft: LoRA settings as PEFT resolved them, valid as fields of LoraConfig; empty where all weights are trained.
         conflict_matrix: float64 [T, T] in the order of `datasets`; None where the split needs no gradients.
         explained: share of the variance of C on each axis. bounds: what can be trusted of the axes.
         skipped: datasets left out, with the reason.
@@ -57,6 +58,7 @@ class PartitionPlan:
     datasets: list[PlannedDataset]
     groups: list[PlannedGroup]
     sft: dict[str, Any]
+    peft: dict[str, Any] = field(default_factory=dict)
     conflict_matrix: np.ndarray | None = None
     explained: list[float] = field(default_factory=list)
     bounds: dict[str, Any] = field(default_factory=dict)
@@ -164,6 +166,7 @@ class PartitionPlan:
             "seed": section["seed"],
             "sketch": {"kind": section["sketch"], "dim": section["sketch_dim"], "seed": section["seed"]},
             "sft": self.sft,
+            **({"peft": self.peft} if self.peft else {}),
             "explained": self.explained,
             "bounds": self.bounds,
             "skipped": self.skipped,
@@ -195,6 +198,7 @@ class PartitionPlan:
                 repo_id=repo_id,
                 revision=sha,
                 folder=folder,
+                peft=content.get("peft", {}),
                 **{key: content[key] for key in _CONTENT},
             )
             plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches)
@@ -247,7 +251,7 @@ class PartitionPlan:
         total = sum(group.train_input_tokens for group in self.groups)
         for group in self.groups:
             members = self.members(group.group)
-            expected = group_identity(self.base, members, self.group_sft(group.group))
+            expected = group_identity(self.base, members, self.group_sft(group.group), self.peft)
             if group.group_sha256 != expected:
                 raise MeritError(
                     f"{folder}: group {group.group} records {group.group_sha256[:12]}, its content gives "
@@ -273,8 +277,10 @@ def canonical_sha256(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def group_identity(base: dict[str, Any], members: Sequence[PlannedDataset], sft: dict[str, Any]) -> str:
-    """group_sha256: base weights, chat template, the members' data and the identity fields of the SFT settings."""
+def group_identity(
+    base: dict[str, Any], members: Sequence[PlannedDataset], sft: dict[str, Any], peft: dict[str, Any] | None = None
+) -> str:
+    """group_sha256: base weights, chat template, the members' data, the identity fields of the SFT settings, LoRA."""
     return canonical_sha256(
         {
             "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256")},
@@ -290,6 +296,8 @@ def group_identity(base: dict[str, Any], members: Sequence[PlannedDataset], sft:
                 for member in sorted(members, key=lambda member: member.name)
             ],
             "sft": sft,
+            # A plan that trains all weights keeps the identity that it had before there were adapters.
+            **({"peft": peft} if peft else {}),
         }
     )
 

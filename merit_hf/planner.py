@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from merit_hf import partition
+from merit_hf.adapters import lora_config, model_settings
 from merit_hf.checkpoint import read_tensor_index, weights_sha256
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.conflict import axis_bounds, conflict_matrix, sketch_error, structure_p_value
@@ -38,6 +39,7 @@ from merit_hf.resolved import first_difference, local_settings, published_config
 from merit_hf.sft import (
     build_args,
     chat_template_sha256,
+    check_trainable,
     identity_fields,
     load_model,
     load_tokenizer,
@@ -77,6 +79,10 @@ class MeritPlanner:
         part = output.with_name(output.name + ".part")
         sft, chat_template = take_chat_template(self.config.sft, self.config.root)
         args = build_args(sft)
+        check_trainable(args, self.config.peft)
+        if self.config.peft is not None:
+            # A field that is not supported is told before anything is read.
+            lora_config(self.config.peft)
         loaded, skipped = read_mixture(self.config.datasets, self.config.root, args, self.progress)
         self._check_group_count(len(loaded), skipped)
         folder, base, tokenizer = self._resolve_base(chat_template)
@@ -92,10 +98,11 @@ class MeritPlanner:
         if self.worker.is_main:
             (part / "gradients").mkdir(parents=True, exist_ok=True)
 
-        model = load_model(folder, args)
+        model = load_model(folder, args, self.config.peft)
+        peft = model_settings(model) or {}
         prepared, dropped = prepare_mixture(loaded, model, tokenizer, args, self.progress)
         self._check_group_count(len(prepared), skipped | dropped)
-        readouts, seconds = self._measure(prepared, model, tokenizer, args, base, part / "gradients", output)
+        readouts, seconds = self._measure(prepared, model, tokenizer, args, base, part / "gradients", output, peft)
         if not self.worker.is_main:
             self.worker.wait(until=output.exists)
             return PartitionPlan.from_pretrained(output)
@@ -110,6 +117,7 @@ class MeritPlanner:
             datasets=self._datasets(prepared, readouts, groups, matrix),
             groups=[],
             sft=identity_fields(args),
+            peft=peft,
             conflict_matrix=matrix,
             skipped=skipped | dropped,
             versions=library_versions(),
@@ -117,7 +125,8 @@ class MeritPlanner:
             local=local_settings(self.config, folder),
             **self._axes(matrix, readouts),
         )
-        plan.groups = plan_groups(plan.datasets, {d.name: d.train for d in prepared}, model, tokenizer, args, base)
+        trains = {dataset.name: dataset.train for dataset in prepared}
+        plan.groups = plan_groups(plan.datasets, trains, model, tokenizer, args, base, peft)
         plan.cost = {
             "gradient_seconds": round(seconds, 3),
             "matrix_seconds": round(time.monotonic() - matrix_start, 3),
@@ -160,6 +169,7 @@ class MeritPlanner:
             "tags": {spec.name: spec.tag for spec in self.config.datasets},
             "plan": self.config.plan.model_dump(exclude={"tokens_per_batch"}),
             "sft": identity_fields(args),
+            **({} if self.config.peft is None else {"peft": self.config.peft}),
         }
 
     def _measure(
@@ -171,6 +181,7 @@ class MeritPlanner:
         base: dict[str, Any],
         folder: Path,
         output: Path,
+        peft: dict[str, Any],
     ) -> tuple[list[GradientReadout], float]:
         if self.config.plan.split not in GRADIENT_SPLITS:
             return [], 0.0
@@ -186,6 +197,7 @@ class MeritPlanner:
             folder,
             self.worker,
             self.progress,
+            peft,
         )
 
     def _datasets(

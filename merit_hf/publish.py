@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from merit_hf import tables
-from merit_hf.cards import keep_metadata, merged_model_card, plan_dataset_card, validate_card
+from merit_hf.cards import EVALUATION_FIGURE, keep_metadata, merged_model_card, plan_dataset_card, validate_card
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import list_files, model_licence, pin_revision, read_file
 from merit_hf.hub_write import (
@@ -153,13 +153,15 @@ def push_merged(
         True,
     ):
         raise ConfigError("the evaluation is of other models or of another plan. Run `merit evaluate` on this one.")
-    card = merged_model_card(plan, manifest, recipe, evaluation, licence, repo_id.partition("/")[2])
+    picture = EVALUATION_FIGURE if evaluation is not None and (folder / EVALUATION_FIGURE).is_file() else None
+    card = merged_model_card(plan, manifest, recipe, evaluation, licence, repo_id.partition("/")[2], picture)
     _check_model_card(card)
     replace = {
         CARD_NAME: card.encode(),
         MERGEKIT_CONFIG_NAME: recipe.encode(),
         MANIFEST_NAME: (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(),
         **(_eval_result_files(plan, evaluation) if evaluation else {}),
+        **({picture: (folder / picture).read_bytes()} if picture else {}),
     }
     files = {name: folder / name for name in manifest["files"]} | replace
     pushed = push_files(files, repo_id, "model", private, "Upload merged model", prune=True, create_pr=create_pr)
@@ -268,7 +270,9 @@ def _with_repos(manifest: dict[str, Any], plan: PartitionPlan, given: Mapping[in
                 f"FOLDER OWNER/NAME) and say so with --group-repo {number}=OWNER/NAME."
             )
         _check_same(repo_id, revision, number, group["files_sha256"])
-        groups.append({**group, "repo_id": repo_id, "revision": revision})
+        same = known is not None and (known.repo_id, known.revision) == (repo_id, revision)
+        verified = {"verified": known.level} if known is not None and same else {}
+        groups.append({**group, **verified, "repo_id": repo_id, "revision": revision})
     published = {"repo_id": plan.repo_id, "revision": plan.revision, "sha256": plan.sha256}
     return {**manifest, "plan": published, "groups": groups}
 
@@ -303,14 +307,33 @@ def _public_recipe(folder: Path, manifest: Mapping[str, Any]) -> str:
     """mergekit_config.yml with every path of this machine replaced by the repo that holds the same checkpoint."""
     recipe = yaml.safe_load((folder / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8"))
     repos = [f"{group['repo_id']}@{group['revision']}" for group in manifest["groups"]]
-    before = [model["model"] for model in recipe["models"]]
-    renamed = {json.dumps(old): new for old, new in zip(before, repos, strict=True)}
-    for model in recipe["models"]:
-        model["model"] = renamed[json.dumps(model["model"])]
-    base = json.dumps(recipe["base_model"])
-    if base in renamed:
-        recipe["base_model"] = renamed[base]
+    if len(recipe["models"]) != len(repos):
+        raise MeritError(f"{folder / MERGEKIT_CONFIG_NAME}: {len(recipe['models'])} models, merged were {len(repos)}.")
+    base = manifest["base"]
+    origin = recipe["base_model"]
+    for model, repo in zip(recipe["models"], repos, strict=True):
+        old = model["model"]
+        if isinstance(old, dict) and "lora" in old:
+            model["model"] = {"model": _base_reference(base), "lora": _long_form(repo)}
+        else:
+            model["model"] = repo
+        if old == origin:
+            recipe["base_model"] = json.loads(json.dumps(model["model"]))
+    if recipe["base_model"] == origin:
+        # Methods that start from θ0 name it, not one of the groups.
+        recipe["base_model"] = _base_reference(base)
     return str(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000))
+
+
+def _base_reference(base: Mapping[str, Any]) -> dict[str, str]:
+    if base["repo_id"] is None:
+        raise ConfigError("the base that this merge names is in no repo, so nobody could make this model again.")
+    return _long_form(f"{base['repo_id']}@{base['revision']}")
+
+
+def _long_form(reference: str) -> dict[str, str]:
+    path, _, revision = reference.partition("@")
+    return {"path": path, "revision": revision}
 
 
 def _eval_result_files(plan: PartitionPlan, evaluation: Mapping[str, Any]) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +29,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from merit_hf.adapters import add_adapter, is_adapter, load_adapter
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.identity import BATCH_FIELDS as BATCH_FIELDS
 from merit_hf.identity import IDENTITY_FIELDS as IDENTITY_FIELDS
@@ -38,6 +40,7 @@ _FLOATS = tuple(
 _UNPACKED = {"packing": False, "padding_free": False, "shuffle_dataset": False}
 # Values under which the tokens of a step, or a resumed training, would not be the planned ones.
 _UNREPEATABLE = {"auto_find_batch_size": True, "ignore_data_skip": True, "save_only_model": True}
+_QUANTIZATION = "sft.model_init_kwargs.quantization_config"
 _OURS = {
     "output_dir": "Give the folder with --output.",
     "resume_from_checkpoint": "Run the same command again to resume.",
@@ -136,16 +139,62 @@ def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> PreT
     return tokenizer
 
 
-def load_model(folder: str | Path, args: SFTConfig | None = None) -> PreTrainedModel:
-    """The base as a causal language model, its weights in float32 unless `sft.model_init_kwargs` says otherwise."""
-    kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
+def load_model(
+    folder: str | Path, args: SFTConfig | None = None, peft: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """The base as a causal language model, its weights in float32 unless `sft.model_init_kwargs` says otherwise.
+
+    With `peft`, a `PeftModel` of it with a fresh adapter drawn from `sft.seed`; only the adapter trains then.
+
+    Raises:
+        ConfigError: `peft` does not fit the model.
+        MeritError: it cannot be loaded, or not quantised as asked on this machine.
+    """
+    kwargs = _init_kwargs(args)
     kwargs.setdefault("dtype", torch.float32)
     # Left open, transformers would ask on the terminal.
     kwargs.setdefault("trust_remote_code", False)
+    load = _load_quantized if kwargs.get("quantization_config") is not None else _load
+    model = load(folder, kwargs)
+    return model if peft is None else add_adapter(model, peft, SFTConfig.seed if args is None else args.seed)
+
+
+def load_checkpoint(folder: str | Path, base: str | Path, args: SFTConfig) -> PreTrainedModel:
+    """The model in `folder`; where that holds an adapter, the base with it.
+
+    Not quantised, whatever `args` say: adapters are compared on what they are merged into.
+    """
+    kwargs = {key: value for key, value in _init_kwargs(args).items() if key != "quantization_config"}
+    with _replaced(args, model_init_kwargs=kwargs):
+        return load_adapter(load_model(base, args), folder) if is_adapter(folder) else load_model(folder, args)
+
+
+def check_trainable(args: SFTConfig, peft: Mapping[str, Any] | None) -> None:
+    """Raises ConfigError where a quantised base is to be trained itself."""
+    if peft is None and _init_kwargs(args).get("quantization_config") is not None:
+        raise ConfigError(f"{_QUANTIZATION}: quantised weights cannot be trained. Add `peft:` to train an adapter.")
+
+
+def _init_kwargs(args: SFTConfig | None) -> dict[str, Any]:
+    return dict(getattr(args, "model_init_kwargs", None) or {})
+
+
+def _load(folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
+        return AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise MeritError(f"{folder}: the model cannot be loaded: {_one_line(error)}") from error
+
+
+def _load_quantized(folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Quantised as asked or not at all: never a silent step back to full weights."""
+    cure = "Install what it needs (`pip install 'merit_hf[qlora]'`), run where it can, or leave it out."
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
+    except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
+        raise MeritError(f"{_QUANTIZATION}: {folder} cannot be quantised here: {_one_line(error)} {cure}") from error
+    if getattr(model, "hf_quantizer", None) is None:
+        raise MeritError(f"{_QUANTIZATION}: {folder} was loaded without being quantised. {cure}")
     return model
 
 
@@ -171,7 +220,11 @@ def open_trainer(
     try:
         yield trainer
     finally:
-        model.__dict__.pop("forward", None)
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        plain.__dict__.pop("forward", None)
+        if plain is not model:
+            # TRL's hook for an adapter under gradient checkpointing would be added once more each time.
+            plain.disable_input_require_grads()
 
 
 @contextlib.contextmanager
@@ -196,11 +249,13 @@ class TokenizedRows:
         rows: columns `input_ids` and `labels` (-100 where a token bears no loss).
         num_dropped: examples that TRL left out because truncation left no loss token.
         num_truncated: kept examples that lost tokens to `max_length`.
+        indices: where in the rows that were given each kept one stood.
     """
 
     rows: datasets.Dataset
     num_dropped: int
     num_truncated: int
+    indices: list[int]
 
 
 def tokenize_rows(
@@ -213,11 +268,13 @@ def tokenize_rows(
     whole = _prepared(model, tokenizer, args, rows, max_length=None)
     # Strategies that split long sequences over rows keep every token, so there is nothing to truncate.
     if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):
-        return TokenizedRows(whole.select_columns(["input_ids", "labels"]), 0, 0)
+        return TokenizedRows(whole.select_columns(["input_ids", "labels"]), 0, 0, list(range(len(whole))))
     whole = whole.add_column("num_tokens", [len(ids) for ids in whole["input_ids"]])
+    whole = whole.add_column("row", list(range(len(whole))))
     kept = _prepared(model, tokenizer, args, whole, max_length=args.max_length)
     num_truncated = sum(length > args.max_length for length in kept["num_tokens"])
-    return TokenizedRows(kept.select_columns(["input_ids", "labels"]), len(whole) - len(kept), num_truncated)
+    columns = kept.select_columns(["input_ids", "labels"])
+    return TokenizedRows(columns, len(whole) - len(kept), num_truncated, list(kept["row"]))
 
 
 def training_rows(
@@ -240,6 +297,26 @@ def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tenso
     """SFT's loss of one collated batch, summed over its loss tokens (nats) instead of averaged."""
     with trainer.accelerator.autocast():
         return trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1.0))
+
+
+def loss_sums(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, list[float] | None]:
+    """[`loss_sum`] of a batch without gradients, and its parts by row.
+
+    The parts are None where the loss is no sum over tokens' log-probabilities: DFT, label smoothing, a router's
+    auxiliary loss.
+    """
+    args, model = trainer.args, trainer.model
+    assert isinstance(args, SFTConfig)
+    assert model is not None
+    plain = args.loss_type == "nll" and trainer.label_smoother is None and not trainer.aux_loss_enabled
+    with torch.no_grad():
+        if not plain:
+            return float(loss_sum(trainer, batch)), None
+        with trainer.accelerator.autocast():
+            # The forward behind TRL's loss; asking the loss itself for its outputs would run the model twice.
+            outputs = model(**batch, use_cache=False, fused_lm_head=True)
+    rows = (-outputs.log_probs).sum(dim=1, dtype=torch.float64).tolist()
+    return sum(rows), rows
 
 
 def _prepared(

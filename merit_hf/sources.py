@@ -15,6 +15,7 @@ from merit_hf.hub import HubFile, fetch_files, list_files, pin_revision, read_fi
 from merit_hf.registry import is_repo_id
 from merit_hf.text import one_line
 
+# As PEFT calls it; `adapters`, which brings torch, is not needed to see that it is there.
 ADAPTER_NAME = "adapter_model.safetensors"
 # Of a model of 100,000 tensors it has some 10 MB.
 _MAX_INDEX_BYTES = 64 << 20

@@ -97,7 +97,10 @@ def next_step(plan: PartitionPlan, states: Sequence[GroupStatus]) -> str:
     free = [state.group for state in states if state.claim in ("free", "expired", "local") and not state.checkpoint]
     if free and plan.repo_id:
         return f"Free: group {', '.join(map(str, free))}. Next: merit claim {where} --group {free[0]}"
-    return f"Next: merit train {where} --group {free[0] if free else 'K'} --output OUTPUT"
+    if plan.repo_id:
+        held = [f"{state.group} ({state.claimed_by})" for state in states if not state.verified]
+        return f"Still to come: group {', '.join(held)}."
+    return f"Next: merit train {where} --group all --output {plan.folder and plan.folder.resolve().parent / 'groups'}"
 
 
 def _hub_status(

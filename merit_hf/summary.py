@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from merit_hf.config import ConfigError
 from merit_hf.evaluate import EVALUATION_NAME, evaluation_table
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.pipeline import RunResult
 from merit_hf.plan import PartitionPlan
+from merit_hf.words import cosine_sentence, verdict_sentence
 
 # Beyond this share of the distance from the base, the rounding of the output is worth a word.
 MUCH_CAST_LOSS = 0.1
@@ -49,36 +50,6 @@ def plan_summary(plan: PartitionPlan) -> list[Any]:
     return lines
 
 
-def cosine_sentence(plan: PartitionPlan) -> str:
-    """The range of the cosines, and the mean inside groups against all pairs."""
-    matrix = plan.conflict_matrix
-    assert matrix is not None
-    upper = np.triu_indices(len(matrix), 1)
-    groups = np.array([dataset.group for dataset in plan.datasets])
-    inside = (groups[:, None] == groups[None, :])[upper]
-    cosines = matrix[upper]
-    within = f"{cosines[inside].mean():.2f}" if inside.any() else "none"
-    return (
-        f"Cosines between datasets: lowest {cosines.min():.2f}, median {np.median(cosines):.2f}, highest "
-        f"{cosines.max():.2f}; mean inside groups {within}, over all pairs {cosines.mean():.2f}."
-    )
-
-
-def verdict_sentence(plan: PartitionPlan) -> str:
-    """In words: is there structure, and do the axes stand."""
-    bounds = plan.bounds
-    p_value, angles = bounds.get("structure_p_value"), bounds.get("sin_angle")
-    if bounds.get("verdict") == "noise":
-        first = f"The cosines show no more structure than their own shuffles (p = {p_value:.2f}): this may be noise."
-    elif bounds.get("verdict") == "structure":
-        first = f"The cosines have structure that shuffles of them do not reach (p = {p_value:.3f})."
-    else:
-        first = "Fewer than four datasets: too few to tell structure from noise."
-    if angles is None:
-        return first + " A stride read-out has no bound on its axes."
-    return first + f" The read-out's error turns axis 1 by at most sin(angle) = {angles[0]:.2f}."
-
-
 def merge_summary(stats: Mapping[str, Any]) -> str:
     """How far the merged model moved, what the final cast loses, and the cure where that is much.
 
@@ -91,6 +62,8 @@ def merge_summary(stats: Mapping[str, Any]) -> str:
         f"{stats['displacement']:.3f}, of the groups {moved}. The final cast changes it by {stats['cast_loss']:.4f} "
         f"({share:.1%})."
     )
+    if stats.get("relative_error"):
+        text += f" Cut to rank {stats['rank']}, it leaves out {stats['relative_error']:.2%} of the mean update."
     if share > MUCH_CAST_LOSS:
         text += (
             " That rounds away much of what was learnt: keep it with merge.out_dtype=float32 (--out-dtype float32)."
@@ -110,22 +83,50 @@ def run_summary(result: RunResult, output: Path) -> list[Any]:
     if result.joint is not None:
         lines.append(f"Joint:      {result.joint}")
     lines.append(f"Merged:     {result.merged}  (card: {result.merged / 'README.md'})")
+    lines.append(f"Report:     {result.report}")
     lines += [f"Pushed:     {what} → {url}" for what, url in result.pushed.items()]
     names = " ".join(str(group) for group in result.groups)
     lines.append(f"Next: merit verify {output / 'plan'} {names}")
     return lines
 
 
-def label_models(models: Mapping[str, Path]) -> dict[str, Path]:
-    """Column headings: what a model's merit.json says it is, else its folder's name; numbered where they repeat."""
+def split_label(text: str) -> tuple[str | None, str]:
+    """`LABEL=MODEL` → label and model; the label is None where there is none, or `text` as a whole is a folder."""
+    label, equals, model = text.partition("=")
+    return (label, model) if equals and not Path(text).is_dir() else (None, text)
+
+
+def label_models(models: Sequence[tuple[str | None, str, Path]], plan: PartitionPlan) -> dict[str, Path]:
+    """Column headings: the label that was given, what merit.json says the model is, or its name; numbered where they
+    repeat.
+
+    Args:
+        models: (label or None, as it was named in the call, its folder).
+
+    Raises:
+        ConfigError: two models were given the same label, or one that of the base.
+    """
     labels: dict[str, Path] = {}
-    for text, folder in models.items():
-        label = Path(text).name
-        if (folder / MANIFEST_NAME).exists():
-            manifest = read_manifest(folder)
-            label = f"group-{manifest['group']}" if manifest["kind"] == "group" else "merged"
+    for given, text, folder in models:
+        label = given or _own_label(text, folder, plan)
+        if given is not None and (given in labels or given == "base" or not given):
+            raise ConfigError(
+                f"{given}={text}: {'`base` is the base of the plan' if given == 'base' else 'that label is taken'}. "
+                "Give each model a label of its own, or none."
+            )
         unique, number = label, 2
-        while unique in labels:
+        while unique in labels or unique == "base":
             unique, number = f"{label}-{number}", number + 1
         labels[unique] = folder
     return labels
+
+
+def _own_label(text: str, folder: Path, plan: PartitionPlan) -> str:
+    if not (folder / MANIFEST_NAME).exists():
+        return Path(text).name
+    manifest = read_manifest(folder)
+    if manifest["kind"] != "group":
+        return "merged"
+    trained_on = {entry["name"] for entry in manifest["datasets"]}
+    # One group that holds everything, beside a plan of several: the joint baseline.
+    return "joint" if plan.num_groups > 1 and trained_on == set(plan.names) else f"group-{manifest['group']}"

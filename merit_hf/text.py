@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 MAX_LENGTH = 200
@@ -58,7 +59,7 @@ def public_text(value: Any, max_length: int = MAX_LENGTH) -> str:
     return one_line(hide_local_paths(one_line(value, max_length=10 * MAX_LENGTH)), max_length)
 
 
-def escape_markdown(value: Any) -> Markdown:
+def escape_markdown(value: Any, max_length: int = MAX_LENGTH) -> Markdown:
     """`value` as inert Markdown for a table cell or the middle of a line; `None` is empty, [`Markdown`] stays.
 
     Punctuation becomes character references, which are never read as structure, not even in a table.
@@ -67,7 +68,7 @@ def escape_markdown(value: Any) -> Markdown:
         return Markdown()
     if isinstance(value, Markdown):
         return value
-    text = _LONE_UNDERSCORE.sub("\ufffe", public_text(value)).translate(_MARKUP).replace("\ufffe", "&#95;")
+    text = _LONE_UNDERSCORE.sub("\ufffe", public_text(value, max_length)).translate(_MARKUP).replace("\ufffe", "&#95;")
     return Markdown(_AUTOLINK.sub("<!-- -->", text))
 
 
@@ -81,6 +82,18 @@ def fenced(text: str, language: str = "") -> Markdown:
     """A code block that `text` cannot close: its fence is longer than any run of backticks inside."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return Markdown(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+MAX_ROWS = 60
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
+    """A Markdown table whose cells are inert text; long ones are cut with a line that says so."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(escape_markdown(cell) for cell in row) + " |" for row in rows[:MAX_ROWS]]
+    if len(rows) > MAX_ROWS:
+        lines.append(f"\n{len(rows) - MAX_ROWS} more are in the tables under data/.")
+    return Markdown("\n".join(lines))
 
 
 def _last_part(path: str) -> str:

@@ -89,7 +89,7 @@ def train_group(
     state.wait_for_everyone()
     base = plan.base_folder()
     tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
-    model = load_model(base, args)
+    model = load_model(base, args, plan.peft or None)
     rows = _group_rows(plan, group, model, tokenizer, args, progress)
     callback = MeritCallback(plan, group)
     checkpoint = last_checkpoint(part)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merit_hf.checks import Check, base_tensors, failed, manifest_checks, tensor_check
+from merit_hf.checks import Check, failed, manifest_checks, structure_checks
 from merit_hf.config import ConfigError
 from merit_hf.manifest import hash_files, read_manifest
 from merit_hf.plan import PartitionPlan
@@ -104,8 +104,7 @@ def _fetched(plan: PartitionPlan, result: Verified) -> Verified:
     checks = [*result.checks, check]
     if not isinstance(result.source, FolderSource):
         # Whoever can alter what a server sends can send one header to a range request and another to a download.
-        again = tensor_check(FolderSource(folder), base_tensors(plan))
-        checks += [] if again.ok else [again]
+        checks += [check for check in structure_checks(plan, FolderSource(folder)) if not check.ok]
     return Verified(result.source, checks, result.group, folder)
 
 

@@ -72,3 +72,16 @@ def tiny_groups(tiny_plan: PartitionPlan, tmp_path_factory: pytest.TempPathFacto
 
     folder = tmp_path_factory.mktemp("groups")
     return [train_group(tiny_plan, k, folder / str(k), progress=Progress(quiet=True)) for k in range(2)]
+
+
+@pytest.fixture(scope="session")
+def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of 500 datasets in eight groups, with its report.html. Read only."""
+    import runs
+
+    from merit_hf.report import write_report
+
+    folder = tmp_path_factory.mktemp("large") / "run"
+    runs.make_run(folder, [f"org__a-dataset-with-a-long-name-{number:03d}" for number in range(500)], 8)
+    write_report(folder)
+    return folder

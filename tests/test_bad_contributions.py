@@ -342,7 +342,9 @@ def seen(plan: PartitionPlan, honest: list[Path], tmp_path_factory: pytest.TempP
                    and not e.range]
             for name, repo in repos.items()
         }  # fmt: skip
-    if "MERIT_KEEP" in __import__("os").environ: shutil.copy(folder / "found.json", "/tmp/w/bc_found.json"); Path("/tmp/w/bc_repos.json").write_text(json.dumps([repos, whole]))
+    if "MERIT_KEEP" in __import__("os").environ:
+        shutil.copy(folder / "found.json", "/tmp/w/bc_found.json")
+        Path("/tmp/w/bc_repos.json").write_text(json.dumps([repos, whole]))
     assert not list(folder.parent.rglob("evil*"))
     return {name: (found[repo], whole[name]) for name, repo in repos.items()}
 

@@ -57,7 +57,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     succeed("train", folder / "plan", "--group", "all", "--output", folder / "groups")
     succeed("merge", folder / "plan", folder / "groups/0", folder / "groups/1", "--output", folder / "merged")
     models = [folder / "groups/0", folder / "groups/1", folder / "merged"]
-    (folder / "table").write_text(succeed("evaluate", *models, "--plan", folder / "plan", "--output", folder))
+    call = ("evaluate", *models, "--plan", folder / "plan", "--output", folder, "--max-new-tokens", 4)
+    (folder / "table").write_text(succeed(*call))
     return folder
 
 
@@ -89,7 +90,8 @@ def test_every_command_says_what_comes_next(road: Path, tmp_path: Path) -> None:
         assert following is not None, output
         words = following.group(1).split()
         assert words[0] == command
-        output = succeed(*words)
+        # Long answers of a model that has learnt nothing would only take time.
+        output = succeed(*words, *(["--max-new-tokens", "4"] if command == "evaluate" else []))
     assert f"The numbers are in {folder / 'evaluation.json'}" in output
 
 
@@ -139,7 +141,8 @@ def test_verify_prints_a_line_a_check(road: Path, tmp_path: Path) -> None:
 
 def test_two_merged_models_get_numbered_columns(road: Path, tmp_path: Path) -> None:
     shutil.copytree(road / "merged", tmp_path / "copy")
-    succeed("evaluate", road / "merged", tmp_path / "copy", "--plan", road / "plan", "--output", tmp_path)
+    call = ("evaluate", road / "merged", tmp_path / "copy", "--plan", road / "plan", "--output", tmp_path)
+    succeed(*call, "--no-generate")
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     assert evaluation["models"] == ["base", "merged", "merged-2"]
     before = json.loads((road / "evaluation.json").read_text())
@@ -152,7 +155,18 @@ def test_evaluate_leaves_nothing_in_the_working_directory(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    succeed("evaluate", road / "merged", "--plan", road / "plan", "--output", tmp_path / "out", "--num-samples", 1)
+    succeed(
+        "evaluate",
+        road / "merged",
+        "--plan",
+        road / "plan",
+        "--output",
+        tmp_path / "out",
+        "--num-samples",
+        1,
+        "--max-new-tokens",
+        4,
+    )
     assert not list((tmp_path / "here").iterdir())
 
 
@@ -267,7 +281,7 @@ def test_debug_shows_the_traceback(road: Path, tmp_path: Path) -> None:
         assert result.stderr.splitlines()[-1].startswith("merit: error: ")
 
 
-@pytest.mark.parametrize("command", ["plan", "train", "merge", "verify", "evaluate", "run"])
+@pytest.mark.parametrize("command", ["plan", "train", "merge", "verify", "evaluate", "report", "run"])
 def test_help(command: str) -> None:
     output = succeed(command, "--help")
     assert "--debug" in output
@@ -288,7 +302,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_goes_the_whole_road(run_folder: Path) -> None:
     output = run_folder / "runs/tiny"
     names = {path.name for path in output.iterdir()}
-    assert {"plan", "groups", "merged", "joint", "evaluation.json"} <= names
+    assert {"plan", "groups", "merged", "joint", "evaluation.json", "report.html"} <= names
     assert not list(output.rglob("*.part"))
     evaluation = json.loads((output / "evaluation.json").read_text())
     assert evaluation["models"] == ["base", "joint", "group-0", "group-1", "merged"]
@@ -300,6 +314,12 @@ def test_run_goes_the_whole_road(run_folder: Path) -> None:
     assert sum(group.train_input_tokens for group in plan.groups) == joint.groups[0].train_input_tokens
     card = (output / "merged" / "README.md").read_text()
     assert f"{evaluation['mean']['merged']:.3f}" in card
+    assert "(figures/held_out_loss.png)" in card
+    assert (output / "merged" / "figures" / "held_out_loss.png").read_bytes().startswith(b"\x89PNG")
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "2 of 2 groups are trained" in page
+    assert f"mean held-out loss {evaluation['mean']['merged']:.3f} against" in page
+    assert str(run_folder) not in page
     following = re.search(r"Next: merit (verify .+)", table)
     assert following is not None
     succeed(*following.group(1).split())

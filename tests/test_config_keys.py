@@ -31,6 +31,7 @@ from merit_hf.config import (
     PlanSection,
 )
 from merit_hf.data import load_rows
+from merit_hf.evaluate import evaluate_models
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
@@ -159,6 +160,13 @@ MERGE_CASES = {
     "merge.engine": ("mergekit", "engine"),
     "merge.weights": ("uniform", "weights"),
     "merge.out_dtype": ("float32", "dtypes"),
+    "merge.method": ("task_arithmetic", "method"),
+    "merge.parameters": ({"lambda": 0.5}, "weights"),
+}
+# What else CONFIG says where the key means something.
+MERGE_BESIDES = {
+    "merge.method": {"engine": "mergekit"},
+    "merge.parameters": {"engine": "mergekit", "method": "task_arithmetic"},
 }
 
 
@@ -183,6 +191,7 @@ def merged(plan: PartitionPlan, checkpoints: list[Path], folder: Path, **merge: 
     manifest = json.loads((folder / "merged" / "merit.json").read_text())
     return {
         "engine": manifest["engine"],
+        "method": manifest["method"],
         "weights": [tensor.double().sum().item() for _, tensor in sorted(tensors.items())],
         "dtypes": {str(tensor.dtype) for tensor in tensors.values()},
     }
@@ -200,9 +209,16 @@ def test_a_key_changes_the_merge(
     key: str, trained: tuple[PartitionPlan, list[Path]], merged_by_default: dict[str, Any], tmp_path: Path
 ) -> None:
     value, part = MERGE_CASES[key]
-    if value == "mergekit":
+    besides = MERGE_BESIDES.get(key, {})
+    if "mergekit" in (value, besides.get("engine")):
         pytest.importorskip("mergekit")
-    assert merged(*trained, tmp_path, **{key.partition(".")[2]: value})[part] != merged_by_default[part]
+    before = merged(*trained, tmp_path / "before", **besides) if besides.get("method") else merged_by_default
+    after = merged(*trained, tmp_path / "after", **besides, **{key.partition(".")[2]: value})
+    assert after[part] != before[part]
+
+
+# In test_peft.py, test_the_whole_road and test_merged_groups: they mean nothing without LoRA groups.
+ADAPTER_KEYS = ("merge.adapters", "merge.svd_rank")
 
 
 @pytest.fixture(scope="module")
@@ -211,12 +227,28 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
+EVALUATE_KEYS = ("datasets.metric",)
+
+
+def test_a_metric_changes_how_answers_are_scored_and_nothing_else(mixture: Path, tmp_path: Path) -> None:
+    found = []
+    for metric in ("exact_match", "chrf"):
+        overrides = ["plan.split=random", f"datasets.copy.metric={metric}", "datasets.copy.eval_fraction=0.1"]
+        plan = MeritPlanner(MeritConfig.from_yaml(mixture, overrides), QUIET).plan(tmp_path / "plan")
+        models = {"base": plan.base_folder()}
+        evaluation = evaluate_models(plan, models, progress=QUIET, max_new_tokens=4)
+        found.append((plan.sha256, evaluation["mean"], evaluation["datasets"]["copy"]["metric"]))
+    assert found[0][:2] == found[1][:2]
+    assert [metric for _, _, metric in found] == ["exact_match", "chrf"]
+
+
 HUB_KEYS = ("base.revision", "datasets.config", "datasets.split", "datasets.revision", "datasets.eval_split")
 READ_FROM_HUB = """
 import json, sys
 from pathlib import Path
 from merit_hf.config import BaseSection, DatasetSection
 from merit_hf.data import load_rows
+from merit_hf.evaluate import evaluate_models
 from merit_hf.hub import resolve_model
 out = []
 for values in json.loads(sys.argv[1]):
@@ -332,7 +364,7 @@ def test_a_placement_field_of_sft_changes_how_it_is_trained_but_not_the_plan(mix
 
 
 def test_every_key_has_a_case() -> None:
-    cases = [*PLAN_CASES, *ROW_CASES, *MERGE_CASES, *HUB_KEYS, *PUSH_KEYS]
+    cases = [*PLAN_CASES, *ROW_CASES, *MERGE_CASES, *ADAPTER_KEYS, *EVALUATE_KEYS, *HUB_KEYS, *PUSH_KEYS]
     assert len(cases) == len(set(cases))
     assert set(cases) == KEYS
-    assert set(MeritConfig.model_fields) == {*SECTIONS, "sft", "root"}
+    assert set(MeritConfig.model_fields) == {*SECTIONS, "sft", "peft", "root"}

@@ -2,104 +2,40 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from tiny import make_base
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from merging import (
+    DTYPES,
+    WEIGHTS,
+    Tensors,
+    assert_nearest,
+    load,
+    make_family,
+    make_folder,
+    mean64,
+    rewrite,
+)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from merit_hf.average import round_once
-from merit_hf.checkpoint import read_tensor_index, side_files, weights_sha256
+from merit_hf.checkpoint import weights_sha256
 from merit_hf.config import ConfigError, MeritError
-from merit_hf.merge import MERGEKIT_CONFIG_NAME, merge_checkpoints, model_reference
-
-WEIGHTS = [123456789, 45678901, 7654321]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_mergekit = pytest.mark.skipif(importlib.util.find_spec("mergekit") is None, reason="needs the mergekit extra")
-
-Tensors = dict[str, torch.Tensor]
-
-
-def load(folder: Path) -> Tensors:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def make_folder(folder: Path, tensors: Tensors, **config: object) -> Path:
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"model_type": "custom", "tie_word_embeddings": False, **config}))
-    return folder
-
-
-def rewrite(folder: Path, change: Callable[[Tensors], object]) -> Path:
-    tensors = load(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def mean64(folders: Sequence[Path], weights: Sequence[float]) -> Tensors:
-    """Σ w_k θ_k / Σ w_k in float64, in the plainest way."""
-    loaded = [load(folder) for folder in folders]
-    return {
-        name: sum(w * tensors[name].double() for w, tensors in zip(weights, loaded, strict=True)) / sum(weights)
-        for name in loaded[0]
-    }
-
-
-def assert_nearest(values: torch.Tensor, exact: torch.Tensor) -> None:
-    """No neighbour of a value in its dtype is nearer to the exact one."""
-    integers = {4: torch.int32, 2: torch.int16}[values.element_size()]
-    error = (values.double() - exact).abs()
-    for step in (-1, 1):
-        other = (values.contiguous().view(integers) + step).view(values.dtype).double()
-        slack = 1e-15 * exact.abs()
-        assert bool(((other - exact).abs() >= error - slack).logical_or(other.isnan()).all())
+from merit_hf.merge import merge_checkpoints
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[Path]]]:
-    """Makes (base, three group checkpoints) of a tiny Llama once for each setting."""
-    root = tmp_path_factory.mktemp("family")
-    made: dict[str, tuple[Path, list[Path]]] = {}
-
-    def make(dtype: torch.dtype = torch.float32, **config: object) -> tuple[Path, list[Path]]:
-        key = re.sub(r"\W+", "-", f"{dtype}{sorted(config.items())}")
-        if key not in made:
-            base, *groups = [make_base(root / key / str(seed), seed, dtype, **config) for seed in range(4)]
-            for folder, seed in zip((base, *groups), range(4), strict=True):
-                spread_biases(folder, seed)
-            made[key] = base, groups
-        return made[key]
-
-    return make
-
-
-def spread_biases(folder: Path, seed: int) -> None:
-    """Biases and norms start equal in every model; a lost or unmerged one would go unseen."""
-
-    def change(tensors: Tensors) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for tensor in tensors.values():
-            if tensor.ndim == 1:
-                tensor += torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-
-    rewrite(folder, change)
+    return make_family(tmp_path_factory.mktemp("family"))
 
 
 # Arithmetic
@@ -157,9 +93,18 @@ def test_16_bit_results_are_rounded_once() -> None:
     assert round_once(above, torch.bfloat16).tolist() == [1 + 2**-7, -1 - 2**-7, 1 + 2**-7]
     half = torch.tensor([1 + 2**-11 + tiny, 2**-25 + 2.0**-60, 2**-25], dtype=torch.float64)
     assert round_once(half, torch.float16).tolist() == [1 + 2**-10, 2**-24, 0.0]
-    values = torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(100_000, dtype=torch.float64, generator=generator)
     for dtype in DTYPES:
         assert_nearest(round_once(values, dtype), values)
+    # A hair beside the middle of every two neighbours, subnormal ones too.
+    for dtype in (torch.bfloat16, torch.float16):
+        low = torch.arange(0, 0x7B00, dtype=torch.int16).view(dtype).double()
+        high = torch.arange(1, 0x7B01, dtype=torch.int16).view(dtype).double()
+        for hair, wanted in ((1 + 2.0**-45, high), (1 - 2.0**-45, low)):
+            middle = (low + high) / 2 * hair
+            assert torch.equal(round_once(middle, dtype).double(), wanted)
+            assert torch.equal(round_once(-middle, dtype).double(), -wanted)
 
 
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16"])
@@ -393,173 +338,20 @@ def test_pickles_and_missing_shards_are_refused(family: Callable, tmp_path: Path
         merge_checkpoints(base, [tmp_path / "shards"], [1], tmp_path / "out")
 
 
-# The output folder
+def test_the_first_of_several_wrong_values_is_named(tmp_path: Path) -> None:
+    values = torch.ones(3_000_000)
+    base = make_folder(tmp_path / "base", {"a": torch.ones(5), "x": values})
+    values[[400_000, 1_700_000, 2_999_999]] = float("nan")
+    bad = make_folder(tmp_path / "bad", {"a": torch.ones(5), "x": values})
+    for _ in range(3):
+        with pytest.raises(MeritError, match=f"^{bad}: tensor `x` is not finite .* at flat index 400000"):
+            merge_checkpoints(base, [bad], [1], tmp_path / "out")
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
 
 
-def test_side_files_are_complete_and_the_model_works(family: Callable, tmp_path: Path) -> None:
-    base, groups = family(torch.bfloat16)
-    base = Path(shutil.copytree(base, tmp_path / "base"))
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        (base / name).write_text("{}")
-    (base / "additional_chat_templates").mkdir()
-    (base / "additional_chat_templates/tools.jinja").write_text("tools")
-    (base / "README.md").write_text("the base's card")
-    seen: list[tuple[int, int]] = []
-    merge_checkpoints(base, groups, WEIGHTS, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
-    copied = {path.relative_to(base): path.read_bytes() for path in side_files(base)}
-    assert len(copied) >= 8
-    assert {path.relative_to(tmp_path / "out"): path.read_bytes() for path in side_files(tmp_path / "out")} == copied
-    extra = {path.name for path in (tmp_path / "out").iterdir()} - {path.name for path in base.iterdir()}
-    assert extra == {MERGEKIT_CONFIG_NAME}
-    assert not (tmp_path / "out/README.md").exists()
-    total = len(read_tensor_index(base))
-    assert seen == [(done, total) for done in range(1, total + 1)]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert model.dtype == torch.bfloat16
-    batch = tokenizer.apply_chat_template([{"role": "user", "content": "red"}], return_tensors="pt", return_dict=True)
-    assert torch.isfinite(model(**batch).logits).all()
-
-
-def test_nested_dtypes_in_config_follow_out_dtype(tmp_path: Path) -> None:
-    nested = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "hidden_size": 2}, "vision_config": None}
-    base = make_folder(tmp_path / "base", {"x": torch.ones(2).bfloat16()}, **nested)
-    merge_checkpoints(base, [base], [1], tmp_path / "out", out_dtype="float32")
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["torch_dtype"] == "float32"
-    assert config["text_config"] == {"dtype": "float32", "hidden_size": 2}
-    assert config["vision_config"] is None
-    assert "dtype" not in config
-
-
-def test_finished_output_is_not_overwritten(family: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nowhere"])
+def test_a_device_that_cannot_add_is_refused(device: str, family: Callable, tmp_path: Path) -> None:
     base, groups = family()
-    merge_checkpoints(base, groups, [1, 1, 1], tmp_path / "out")
-    before = (tmp_path / "out/model.safetensors").read_bytes()
-    with pytest.raises(
-        ConfigError, match=r"out: exists already and is not overwritten\. Remove it, or choose another"
-    ):
-        merge_checkpoints(base, groups, WEIGHTS, tmp_path / "out")
-    assert (tmp_path / "out/model.safetensors").read_bytes() == before
-
-
-KILLED = """
-import os, signal, sys
-from merit_hf.merge import merge_checkpoints
-base, first, second, output, at = sys.argv[1:]
-def progress(done, total):
-    if done == int(at):
-        os.kill(os.getpid(), signal.SIGKILL)
-merge_checkpoints(base, [first, second], [1, 2], output, max_shard_size="20KB", progress=progress)
-"""
-
-
-@pytest.mark.parametrize("at", [1, 11, -1])
-def test_killed_merge_leaves_nothing_and_runs_again(family: Callable, at: int, tmp_path: Path) -> None:
-    base, groups = family()
-    at = len(read_tensor_index(base)) if at == -1 else at
-    arguments = [str(base), str(groups[0]), str(groups[1])]
-    root = str(Path(__file__).parents[1])
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments, str(tmp_path / "out"), str(at)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": root},
-    )
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    assert list((tmp_path / "out.part").glob("*.safetensors"))
-    (tmp_path / "out.part/model-00001-of-00099.safetensors").write_bytes(b"left by a larger model")
-    for name in ("out", "undisturbed"):
-        merge_checkpoints(base, groups[:2], [1, 2], tmp_path / name, max_shard_size="20KB")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert files == {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
-    assert not (tmp_path / "out.part").exists()
-
-
-# mergekit
-
-
-def run_mergekit(config: Path, output: Path) -> Tensors:
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
-    recipe = MergeConfiguration.model_validate(yaml.safe_load(config.read_text()))
-    run_merge(recipe, str(output), MergeOptions(quiet=True, write_model_card=False))
-    return load(output)
-
-
-def test_emitted_config_fixes_what_mergekit_leaves_open(family: Callable, tmp_path: Path) -> None:
-    base, groups = family(torch.bfloat16)
-    merge_checkpoints(base, groups, WEIGHTS, tmp_path / "out")
-    config = yaml.safe_load((tmp_path / "out" / MERGEKIT_CONFIG_NAME).read_text())
-    assert config == {
-        "merge_method": "linear",
-        "models": [
-            {"model": str(folder), "parameters": {"weight": weight}}
-            for folder, weight in zip(groups, [w / sum(WEIGHTS) for w in WEIGHTS], strict=True)
-        ],
-        "base_model": str(groups[0]),
-        "parameters": {"normalize": True},
-        "dtype": "float32",
-        "out_dtype": "bfloat16",
-    }
-    assert all(Path(model["model"]).is_absolute() for model in config["models"])
-
-
-def test_hub_snapshots_are_named_by_commit() -> None:
-    sha = "0123456789abcdef0123456789abcdef01234567"
-    assert model_reference(Path(f"/cache/hub/models--some-org--name-1/snapshots/{sha}")) == f"some-org/name-1@{sha}"
-    assert model_reference(Path("/runs/groups/0")) == "/runs/groups/0"
-
-
-@needs_mergekit
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [True, False])
-def test_mergekit_on_the_emitted_config_agrees(
-    family: Callable, dtype: torch.dtype, tied: bool, tmp_path: Path
-) -> None:
-    base, groups = family(dtype, tie_word_embeddings=tied)
-    awkward = Path(shutil.copytree(groups[0], tmp_path / "lr+2@low rate"))
-    groups = [awkward, *groups[1:]]
-    merge_checkpoints(base, groups, WEIGHTS, tmp_path / "ours")
-    theirs = run_mergekit(tmp_path / "ours" / MERGEKIT_CONFIG_NAME, tmp_path / "theirs")
-    ours, exact = load(tmp_path / "ours"), mean64(groups, WEIGHTS)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert theirs[name].dtype == dtype
-        # One rounding of the output, after mergekit's sum in float32.
-        size = torch.finfo(dtype).eps * exact[name].abs() + torch.finfo(torch.float32).eps * exact[name].abs().max()
-        assert bool(((tensor.double() - theirs[name].double()).abs() <= size).all())
-
-
-@needs_mergekit
-def test_mergekit_engine_gives_a_complete_folder(family: Callable, tmp_path: Path) -> None:
-    base, groups = family(torch.bfloat16)
-    base = Path(shutil.copytree(base, tmp_path / "base"))
-    (base / "processor_config.json").write_text("{}")
-    ours = merge_checkpoints(base, groups, WEIGHTS, tmp_path / "ours")
-    theirs = merge_checkpoints(base, groups, WEIGHTS, tmp_path / "theirs", engine="mergekit")
-    assert {path.name for path in (tmp_path / "ours").iterdir()} == {
-        path.name for path in (tmp_path / "theirs").iterdir()
-    }
-    for path in side_files(base):
-        assert (tmp_path / "theirs" / path.name).read_bytes() == path.read_bytes()
-    assert theirs.displacement == pytest.approx(ours.displacement, rel=1e-9)
-    assert theirs.cast_loss == pytest.approx(ours.cast_loss, rel=1e-3)
-    ours_tensors, theirs_tensors = load(tmp_path / "ours"), load(tmp_path / "theirs")
-    assert all(torch.allclose(ours_tensors[n], theirs_tensors[n], rtol=2**-7, atol=1e-6) for n in ours_tensors)
-
-
-@needs_mergekit
-def test_architecture_that_mergekit_would_mutilate(family: Callable, tmp_path: Path) -> None:
-    base, groups = family(torch.float32, attention_bias=True, mlp_bias=True)
-    total = len(read_tensor_index(base))
-    with pytest.raises(MeritError, match=f"mergekit lost 14 of {total} tensors: model.layers.0.mlp.down_proj.bias, "):
-        merge_checkpoints(base, groups, WEIGHTS, tmp_path / "theirs", engine="mergekit")
+    with pytest.raises(ConfigError, match=f"device '{device}': .*Expected cpu, or an accelerator with float64"):
+        merge_checkpoints(base, groups, WEIGHTS, tmp_path / "out", device=device)
     assert not any(tmp_path.iterdir())
-    merge_checkpoints(base, groups, WEIGHTS, tmp_path / "ours")
-    merged, exact = load(tmp_path / "ours"), mean64(groups, WEIGHTS)
-    assert len(merged) == total
-    for name, tensor in merged.items():
-        assert_nearest(tensor, exact[name])
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").model.layers[0].mlp.down_proj.bias is not None

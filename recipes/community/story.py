@@ -2,10 +2,10 @@
 
     python recipes/community/story.py --output runs/community
 
-Alice, a member of `org`, publishes a plan over her own files. She trains two groups; bob, a stranger, claims the other two,
-trains them from the Hub alone and contributes them. One of his checkpoints was damaged on its way to the Hub: `accept`
-refuses it and says why; he pushes it again. Alice merges and publishes. Every line below a `$` is what `merit` printed; the
-transcript is written to `OUTPUT/transcript.md`. The models are tiny, the Hub is the one that the tests run.
+Alice, a member of `org`, publishes a plan over her own files. She trains two groups; bob, a stranger, claims the other
+two, trains them from the Hub alone and contributes them. One of his checkpoints was damaged on its way to the Hub:
+`accept` refuses it and says why; he pushes it again. Alice merges and publishes. What stands below a `$` is what
+`merit` printed; the transcript is written to OUTPUT/transcript.md. The models are tiny, the Hub is that of the tests.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def prepare(hub: HubServer, folder: Path) -> None:
     base = make_base(folder / "base")
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     hub.api("alice").create_repo("org/base")
-    upload = "import sys; from huggingface_hub import upload_folder; upload_folder(folder_path=sys.argv[1], repo_id='org/base')"
+    upload = (
+        "import sys; from huggingface_hub import upload_folder; "
+        "upload_folder(folder_path=sys.argv[1], repo_id='org/base')"
+    )
     subprocess.run(
         [sys.executable, "-c", upload, str(base)], env=hub.environ("alice"), check=True, capture_output=True
     )

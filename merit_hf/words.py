@@ -1,0 +1,37 @@
+"""What a plan says of itself in sentences: on the command line and in the report."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merit_hf.plan import PartitionPlan
+
+
+def cosine_sentence(plan: PartitionPlan) -> str:
+    """The range of the cosines, and the mean inside groups against all pairs."""
+    matrix = plan.conflict_matrix
+    assert matrix is not None
+    upper = np.triu_indices(len(matrix), 1)
+    groups = np.array([dataset.group for dataset in plan.datasets])
+    inside = (groups[:, None] == groups[None, :])[upper]
+    cosines = matrix[upper]
+    within = f"{cosines[inside].mean():.2f}" if inside.any() else "none"
+    return (
+        f"Cosines between datasets: lowest {cosines.min():.2f}, median {np.median(cosines):.2f}, highest "
+        f"{cosines.max():.2f}; mean inside groups {within}, over all pairs {cosines.mean():.2f}."
+    )
+
+
+def verdict_sentence(plan: PartitionPlan) -> str:
+    """In words: is there structure, and do the axes stand."""
+    bounds = plan.bounds
+    p_value, angles = bounds.get("structure_p_value"), bounds.get("sin_angle")
+    if bounds.get("verdict") == "noise":
+        first = f"The cosines show no more structure than their own shuffles (p = {p_value:.2f}): this may be noise."
+    elif bounds.get("verdict") == "structure":
+        first = f"The cosines have structure that shuffles of them do not reach (p = {p_value:.3f})."
+    else:
+        first = "Fewer than four datasets: too few to tell structure from noise."
+    if angles is None:
+        return first + " A stride read-out has no bound on its axes."
+    return first + f" The read-out's error turns axis 1 by at most sin(angle) = {angles[0]:.2f}."
