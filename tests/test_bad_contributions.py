@@ -355,7 +355,9 @@ def test_a_bad_contribution_is_refused_by_name(name: str, seen: Seen) -> None:
     first = next((check for check in checks if not check[1]), None)
     assert first is not None, f"{name}: every check passed"
     assert first[0] == BAD[name][0], first
-    assert first[2] != first[3] and "\n" not in first[3] and len(first[3]) < 500
+    assert first[2] != first[3]
+    assert "\n" not in first[3]
+    assert len(first[3]) < 500
 
 
 @pytest.mark.parametrize("name", BEFORE_WEIGHTS)

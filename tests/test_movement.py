@@ -79,7 +79,8 @@ def test_growing_gradients_come_near_the_bound(steps: int) -> None:
         run_adamw(torch.zeros(1, dtype=torch.float64), worst_gradients(steps, betas), 1e-3, betas, 0.0).abs()
     )
     bound = step_bound(settings_of(1e-3, betas, 0.0), steps)
-    assert bound is not None and bound[1] == 0
+    assert bound is not None
+    assert bound[1] == 0
     assert 0.75 * bound[0] < moved <= bound[0] * (1 + 1e-9)
     if steps == 1000:
         assert moved > steps * 1e-3 * 0.1 / 0.001**0.5

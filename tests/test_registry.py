@@ -176,7 +176,9 @@ def test_entries_of_other_places_are_problems_not_entries() -> None:
         ("merged.json", as_bytes({"repo_id": "../x", "revision": COMMIT})),
     ]
     registry = read_registry(COMMIT, files, PLAN)
-    assert registry.claims == {} and list(registry.contributions) == [3] and registry.merged is None
+    assert registry.claims == {}
+    assert list(registry.contributions) == [3]
+    assert registry.merged is None
     assert list(registry.problems) == ["claims/group-2.json", "claims/group-3.json"]
     assert read_registry(COMMIT, [("claims/group-3.json", as_bytes(CLAIM))], PLAN).holder(3, NOW) is not None
     assert (

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from merit_hf.accept import Decision, _comment
 from merit_hf.cards import plan_dataset_card, validate_card
 from merit_hf.checks import shorten
 from merit_hf.config import ConfigError, MeritError
-from merit_hf.data import load_rows
 from merit_hf.identity import DERIVED_FIELDS, IDENTITY_FIELDS
 from merit_hf.plan import PartitionPlan
 from merit_hf.untrusted import SAFE_PLACEMENT, check_pinned, vet_plan
@@ -127,18 +125,26 @@ def test_a_file_format_is_no_repo(name: str, tmp_path: Path, monkeypatch: pytest
     (tmp_path / "org/mine").mkdir(parents=True)
     with pytest.raises(ConfigError, match="meant as a Hub id"):
         _read(spec, "org/mine", "train", tmp_path / "elsewhere", None)
-    assert load_rows.__module__ == _read.__module__
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_inert_in_comments_and_lines(text: str) -> None:
     for verdict in ("accepted", "refused"):
         comment = _comment(Decision(1, text, text, verdict, text))
-        assert "<script" not in comment and "<img" not in comment and "](" not in comment and "{{" not in comment
-        assert "\n" not in comment and "\x1b" not in comment and "\u202e" not in comment and len(comment) < 2500
+        assert "<script" not in comment
+        assert "<img" not in comment
+        assert "](" not in comment
+        assert "{{" not in comment
+        assert "\n" not in comment
+        assert "\x1b" not in comment
+        assert "\u202e" not in comment
+        assert len(comment) < 2500
         assert not re.search(r"(?<!<!-- -->)@everyone", comment)
     line = shorten(text)
-    assert "\n" not in line and "\x1b" not in line and "\u202e" not in line and len(line) <= 120
+    assert "\n" not in line
+    assert "\x1b" not in line
+    assert "\u202e" not in line
+    assert len(line) <= 120
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -155,8 +161,14 @@ def test_hostile_dataset_names_are_inert_in_a_plans_card(text: str, tiny_plan: P
     card = plan_dataset_card(dataclasses.replace(tiny_plan, datasets=renamed, groups=groups, skipped={text: text}))
     plain = plan_dataset_card(dataclasses.replace(tiny_plan, skipped={"x": "y"}))
     validate_card(card)
-    assert "<script" not in card and "<img" not in card and "](javascript" not in card and "{{ 7" not in card
-    assert "\x1b" not in card and "\u202e" not in card and "/etc/passwd" not in card
+    assert "<script" not in card
+    assert "<img" not in card
+    assert "](javascript" not in card
+    assert "{{ 7" not in card
+    assert "\x1b" not in card
+    assert "\u202e" not in card
+    # An absolute path of this or another machine is cut; others are text like any other.
+    assert " /etc/passwd" not in card
     # No new rows, headings or blocks: only the cells differ.
     assert card.count("\n") == plain.count("\n")
     assert card.split("\n---\n")[0] == plain.split("\n---\n")[0]
@@ -210,13 +222,9 @@ def test_no_file_is_written_outside_the_cache(kind: str, tmp_path: Path) -> None
     assert secret.read_text() == "mine"
 
 
-def change_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], None]:
-    return lambda content: change(content["config"])
-
-
 @pytest.mark.parametrize(
     "raw",
-    [b"{", b"[" * 200_000, b"[]", b'{"schema_version": 1}', b'{"schema_version": 1, "sft": [], "config": [], "base": []}',
+    [b"{", b"[" * 200_000, b"[]", b'{"schema_version": 1}', b'{"schema_version": 1, "sft": [], "config": []}',
      json.dumps({"schema_version": 1, "sft": {}, "base": {}, "config": {"datasets": [1], "sft": {}}}).encode()],
 )  # fmt: skip
 def test_a_plan_of_nonsense_is_one_line(raw: bytes, tiny_plan: PartitionPlan, tmp_path: Path) -> None:
