@@ -173,6 +173,8 @@ def _manifest(source: Source, checks: list[Check]) -> dict[str, Any] | None:
         if source.sizes[MANIFEST_NAME] > MAX_BYTES:
             raise MeritError(f"it has {source.sizes[MANIFEST_NAME]:,} bytes")
         manifest = parse_manifest(source.read(MANIFEST_NAME, MAX_BYTES), MANIFEST_NAME)
+    except HubUnavailableError:
+        raise
     except MeritError as error:
         checks.append(Check(MANIFEST_NAME, wanted, shorten(str(error)), False))
         return None
@@ -248,6 +250,9 @@ def tensor_check(source: Source, expected: Mapping[str, TensorInfo]) -> Check:
     stated = f"{len(expected)} named, shaped and typed as in the base"
     try:
         found = source.tensors()
+    except HubUnavailableError:
+        # Says nothing about the checkpoint.
+        raise
     except MeritError as error:
         return Check("tensors", stated, shorten(str(error)), False)
     wrong = [f"{name} is missing" for name in sorted(set(expected) - set(found))]
@@ -268,11 +273,13 @@ def _listed(items: list[str], separator: str = ", ") -> str:
 
 def _compare_mappings(name: str, expected: dict[str, Any], found: dict[str, Any]) -> Check:
     """Of two mappings that differ, only what differs is shown."""
-    keys = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-    shown = keys or sorted(expected)
-    return compare(
-        name, {key: expected.get(key) for key in shown}, {key: found.get(key) for key in shown}, expected == found
+    keys = sorted(
+        key
+        for key in expected.keys() | found.keys()
+        if (key in expected, expected.get(key)) != (key in found, found.get(key))
     )
+    ours, theirs = ({key: side[key] for key in keys or sorted(expected) if key in side} for side in (expected, found))
+    return compare(name, ours, theirs, expected == found)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

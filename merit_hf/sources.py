@@ -107,6 +107,10 @@ class HubSource:
             MeritError: a header cannot be read, a file is shorter than it says, or index and files disagree.
         """
         files = [path for path in self.sizes if path.endswith(".safetensors")]
+        for file in files:
+            # A server answers a range request of nothing with an error.
+            if self.sizes[file] < 8:
+                raise MeritError(f"{file} has {self.sizes[file]} bytes, too few for a header")
         tensors = read_tensor_headers(self.repo_id, self.revision, files)
         for name, info in tensors.items():
             if 8 + info.end > self.sizes[info.file]:
