@@ -1,5 +1,7 @@
-"""Bad contributions: what somebody can change in a group checkpoint before it is pushed, and straight access to a Hub's
-git, since some of it no client would send."""
+"""Bad contributions: what somebody can change in a group checkpoint before it is pushed.
+
+They are written straight into a Hub's git, since some of it no client would send.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ class Shop:
     base: Path
     honest: list[Path]
     folder: Path
-    # Written over the listing after the files: {path: content, or (sha256, size) of an LFS pointer, or a link's target}.
+    # Written after the files: {path: content, a link's target, or (sha256, size) of an LFS pointer}.
     odd: dict[str, bytes | tuple[str, int]]
 
     def manifest(self) -> dict[str, Any]:

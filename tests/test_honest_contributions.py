@@ -46,7 +46,7 @@ def test_honest_groups_pass_with_a_margin(kind: str, tmp_path: Path) -> None:
     folders = [train_group(plan, k, tmp_path / str(k), progress=QUIET) for k in range(4)]
     steps = [plan.group(k).num_steps for k in range(4)]
     assert max(steps) == 3 * min(steps)
-    for k, folder in enumerate(folders):
+    for folder in folders:
         others = [other for other in folders if other != folder]
         level = "behaviour" if kind == "plain" else "weights"
         checks = verify_checkpoint(plan, folder, level, others)
@@ -63,7 +63,8 @@ def test_honest_groups_pass_with_a_margin(kind: str, tmp_path: Path) -> None:
         if bound is not None:
             far.append((found.largest[k] / (bound[0] + bound[1] * found.scale)).max())
     report = {
-        "kind": kind, "tensor factor": float(np.exp(apart)), "least best cosine": float(np.nanmax(cosines, axis=1).min()),
+        "kind": kind, "tensor factor": float(np.exp(apart)), "least best cosine": float(np.nanmax(cosines,
+            axis=1).min()),
         "highest cosine": float(np.nanmax(cosines)), "length": float(norms.max() / norms.min()),
         "step": float(max(far, default=0)),
     }  # fmt: skip

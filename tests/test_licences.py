@@ -34,7 +34,8 @@ def test_what_goes_together(base: str, parts: list[str], expected: str) -> None:
     ("base", "parts"),
     [
         (None, ["mit"]), ("mit", [None]), ("mit", ["other"]), ("mit", ["llama3.1"]), ("llama3.1", ["gemma"]),
-        ("llama3.1", ["cc-by-nc-4.0"]), ("mit", ["gpl-3.0", "cc-by-sa-4.0"]), ("mit", ["cc-by-nc-4.0", "cc-by-sa-4.0"]),
+        ("llama3.1", ["cc-by-nc-4.0"]), ("mit", ["gpl-3.0", "cc-by-sa-4.0"]), ("mit", ["cc-by-nc-4.0",
+            "cc-by-sa-4.0"]),
         ("mit", ["cc-by-nd-4.0"]), ("mit", ["MIT License"]), ("mit", [""]),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Entries of the registry: whatever bytes a stranger wrote give an entry or a MeritError, and an entry keeps its bytes."""
+"""Entries of the registry: any bytes give an entry or a MeritError, and an entry keeps its bytes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_any_value_in_any_field_is_an_entry_or_an_error(data: st.DataObject) -> 
     try:
         entry = kind.from_bytes(as_bytes(valid | changes), "p")
     except MeritError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error)  # noqa: PT017
         return
     assert kind.from_bytes(entry.to_bytes(), "p") == entry
     assert all("\n" not in value for value in vars(entry).values() if isinstance(value, str))
@@ -81,10 +81,12 @@ def test_hostile_json(raw: bytes) -> None:
         (Claim, {"expires_at": "2026-04-01T12:00:00+00:00"}), (Claim, {"expires_at": "9999-12-31T23:59:59-23:00"}),
         (Claim, {"claimed_at": "9999-12-31T00:00:00+00:00", "expires_at": "9999-12-31T01:00:00+00:00"}),
         (Claim, {"plan_sha256": "A" * 64}), (Claim, {"schema_version": 2}), (Claim, {"num_input_tokens": 1.0}),
-        (Contribution, {"repo_id": "x"}), (Contribution, {"repo_id": "bob/../x"}), (Contribution, {"repo_id": "/etc/x"}),
+        (Contribution, {"repo_id": "x"}), (Contribution, {"repo_id": "bob/../x"}), (Contribution,
+            {"repo_id": "/etc/x"}),
         (Contribution, {"repo_id": "bob/x/y"}), (Contribution, {"repo_id": "bob/x@main"}),
         (Contribution, {"revision": "main"}), (Contribution, {"revision": COMMIT.upper()}),
-        (Contribution, {"contributor": "bob eve"}), (Contribution, {"files_sha256": ""}), (Contribution, {"level": None}),
+        (Contribution, {"contributor": "bob eve"}), (Contribution, {"files_sha256": ""}), (Contribution,
+            {"level": None}),
     ],
 )  # fmt: skip
 def test_what_no_entry_can_say(kind: type[Claim] | type[Contribution], changes: dict[str, Any]) -> None:
@@ -133,7 +135,8 @@ def test_no_other_path_is_an_entry(text: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["claims/group--1.json", "claims/../group-1.json", "x/claims/group-1.json", "claims/group-1.json\n", "claims/group-.json",
+    ["claims/group--1.json", "claims/../group-1.json", "x/claims/group-1.json", "claims/group-1.json\n",
+        "claims/group-.json",
      "claims/group-١.json", "claims/group-1234567.json", "Claims/group-1.json"],
 )  # fmt: skip
 def test_paths_that_are_none(path: str) -> None:

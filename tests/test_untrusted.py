@@ -50,8 +50,10 @@ def test_an_honest_plan_keeps_what_decides_the_training(content: dict[str, Any])
 
 
 @pytest.mark.parametrize("key", ["path", "eval_path"])
-@pytest.mark.parametrize("path", ["/etc/passwd", "../secret.jsonl", "~/x.json", "data/mine.jsonl", "a/b.csv", "a/b.PARQUET",
-                                  "file:///etc/passwd", "C:\\x", "hf://a/b", "s3://a/b", "a/../b", "", 7, ["a"]])  # fmt: skip
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret.jsonl", "~/x.json", "data/mine.jsonl", "a/b.csv",
+    "a/b.PARQUET",
+                                  "file:///etc/passwd", "C:\\x", "hf://a/b", "s3://a/b", "a/../b", "", 7,
+                                      ["a"]])  # fmt: skip
 def test_a_dataset_path_is_a_hub_id(key: str, path: Any, content: dict[str, Any]) -> None:
     content["config"]["datasets"][0][key] = path
     with pytest.raises(MeritError, match="no Hub id"):
@@ -76,7 +78,8 @@ def test_a_planned_dataset_is_pinned() -> None:
 
 FOREIGN = {
     "report_to": "wandb", "push_to_hub": True, "hub_model_id": "bob/x", "hub_token": "x", "deepspeed": "/tmp/ds.json",
-    "fsdp_config": "/tmp/f.json", "accelerator_config": "/tmp/a.json", "trust_remote_code": True, "output_dir": "/tmp/x",
+    "fsdp_config": "/tmp/f.json", "accelerator_config": "/tmp/a.json", "trust_remote_code": True,
+        "output_dir": "/tmp/x",
     "logging_dir": "/tmp/x", "run_name": "x", "chat_template_path": "/etc/passwd", "resume_from_checkpoint": "/tmp/x",
     "hub_strategy": "checkpoint", "dataset_kwargs": {"skip_prepare_dataset": True}, "torch_compile_backend": "x",
 }  # fmt: skip
