@@ -46,8 +46,7 @@ def test_no_token_is_printed_written_or_published(tmp_path: Path) -> None:
         make_base(tmp_path / "alice/base")
         (tmp_path / "alice/base/README.md").write_text("---\nlicense: mit\n---\n")
         hub.api("alice").create_repo("org/base")
-        upload = "import sys; from huggingface_hub import upload_folder; upload_folder(folder_path='base',
-            repo_id='org/base')"
+        upload = "from huggingface_hub import upload_folder as up; up(folder_path='base', repo_id='org/base')"
         subprocess.run([sys.executable, "-c", upload], cwd=tmp_path / "alice", env=hub.environ("alice"), check=True)
         for task in ("copy", "count"):
             write_jsonl(tmp_path / f"alice/{task}.jsonl", [as_chat(row) for row in task_rows(task, 24)])
