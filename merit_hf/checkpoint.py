@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,14 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         return self.num_elements * ITEM_SIZES[self.dtype]
+
+
+def tensor_info(dtype: object, shape: Sequence[object], file: str, start: object, end: object) -> TensorInfo:
+    """What a header says about a tensor. Raises TypeError where it is not what a header can say."""
+    sizes = (*shape, start, end)
+    if not isinstance(dtype, str) or any(type(size) is not int or size < 0 for size in sizes):
+        raise TypeError("no dtype, shape and byte range")
+    return TensorInfo(dtype, tuple(shape), file, start, end)  # type: ignore[arg-type]
 
 
 def read_tensor_index(folder: Path, file: str | None = None) -> dict[str, TensorInfo]:
@@ -348,8 +356,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             tensors = {}
             for name, entry in header.items():
                 start, end = (8 + length + offset for offset in entry["data_offsets"])
-                tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), path.name, start, end)
-        except (ValueError, KeyError, TypeError, AttributeError):
+                tensors[name] = tensor_info(entry["dtype"], entry["shape"], path.name, start, end)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise MeritError(broken) from None
     for info in tensors.values():
         known = info.dtype in ITEM_SIZES

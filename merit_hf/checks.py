@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from merit_hf.checkpoint import SIDE_FOLDERS, TensorInfo, read_tensor_index
-from merit_hf.config import MeritError
-from merit_hf.hub import HubUnavailableError, fetch_files, is_plain_path, list_files, read_tensor_headers
+from merit_hf.config import ConfigError, MeritError
+from merit_hf.hub import (
+    MAX_FILES,
+    HubUnavailableError,
+    fetch_files,
+    is_plain_path,
+    list_files,
+    read_tensor_headers,
+)
 from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, TRAINER_STATE, is_part, parse_manifest, read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.sources import FolderSource, Source
@@ -62,6 +69,12 @@ def manifest_checks(plan: PartitionPlan, source: Source) -> tuple[list[Check], i
     """
     on_hub = not isinstance(source, FolderSource)
     checks = [Check("revision", "a commit", str(source.revision), True)] if on_hub else []
+    try:
+        source.sizes  # noqa: B018
+    except (HubUnavailableError, ConfigError):
+        raise
+    except MeritError as error:
+        return [*checks, Check("number of files", f"at most {MAX_FILES}", shorten(str(error)), False)], None
     manifest = _manifest(source, checks)
     if manifest is None:
         return checks, None
@@ -73,21 +86,26 @@ def manifest_checks(plan: PartitionPlan, source: Source) -> tuple[list[Check], i
     planned = plan.group(number)
     base, datasets = _mapping(manifest.get("base")), manifest.get("datasets")
     members = [_mapping(member) for member in datasets] if isinstance(datasets, list) else []
-    expected = {member.name: member.fingerprint for member in plan.members(number)}
+    expected, steps = {member.name: member.fingerprint for member in plan.members(number)}, manifest.get("num_steps")
     checks += [
         compare("status", "complete", manifest.get("status")),
         *_listing_checks(plan, source),
         compare("group_sha256", planned.group_sha256, manifest.get("group_sha256")),
         compare("base weights", plan.base["weights_sha256"], base.get("weights_sha256")),
         compare("chat template", plan.base["chat_template_sha256"], base.get("chat_template_sha256")),
-        _compare_mappings("datasets", expected, {str(m.get("name")): m.get("fingerprint") for m in members}),
+        _compare_mappings("datasets", expected, {shorten(m.get("name")): m.get("fingerprint") for m in members}),
         _compare_mappings("SFT settings", plan.group_sft(number), _mapping(manifest.get("sft"))),
-        compare("num_steps", planned.num_steps, manifest.get("num_steps")),
+        compare("num_steps", planned.num_steps, steps, type(steps) is int and steps == planned.num_steps),
         *_token_checks(plan, number, manifest),
         _recorded_files(source, manifest),
-        *(_adapter_checks(plan, source) if plan.peft else [tensor_check(source, base_tensors(plan))]),
+        *structure_checks(plan, source),
     ]
     return checks, number
+
+
+def structure_checks(plan: PartitionPlan, source: Source) -> list[Check]:
+    """Tensors against the base's; of an adapter, its settings and tensors against the plan's."""
+    return _adapter_checks(plan, source) if plan.peft else [tensor_check(source, base_tensors(plan))]
 
 
 def base_tensors(plan: PartitionPlan) -> dict[str, TensorInfo]:
@@ -110,7 +128,10 @@ def compare(name: str, expected: Any, found: Any, ok: bool | None = None) -> Che
 
 def shorten(value: Any) -> str:
     """Whatever `value` is, as one line of at most 120 characters."""
-    return one_line(value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str), 120)
+    try:
+        return one_line(value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str), 120)
+    except RecursionError:
+        return "something nested too deeply to show"
 
 
 def _listing_checks(plan: PartitionPlan, source: Source) -> list[Check]:
@@ -225,10 +246,12 @@ def _base_config(plan: PartitionPlan) -> Path:
 
 
 def tensor_check(source: Source, expected: Mapping[str, TensorInfo]) -> Check:
+    """Names, shapes and dtypes against the base's."""
     stated = f"{len(expected)} named, shaped and typed as in the base"
     try:
         found = source.tensors()
     except HubUnavailableError:
+        # Says nothing about the checkpoint.
         raise
     except MeritError as error:
         return Check("tensors", stated, shorten(str(error).replace(f"{source.name}/", "")), False)
@@ -250,11 +273,13 @@ def _listed(items: list[str], separator: str = ", ") -> str:
 
 def _compare_mappings(name: str, expected: dict[str, Any], found: dict[str, Any]) -> Check:
     """Of two mappings that differ, only what differs is shown."""
-    keys = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-    shown = keys or sorted(expected)
-    return compare(
-        name, {key: expected.get(key) for key in shown}, {key: found.get(key) for key in shown}, expected == found
+    keys = sorted(
+        key
+        for key in expected.keys() | found.keys()
+        if (key in expected, expected.get(key)) != (key in found, found.get(key))
     )
+    ours, theirs = ({key: side[key] for key in keys or sorted(expected) if key in side} for side in (expected, found))
+    return compare(name, ours, theirs, expected == found)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from merit_hf.config import REASONING_GYM, ConfigError, DatasetSection
 from merit_hf.hub import HubUnavailableError, arrived_whole, is_unavailable, pin_revision
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# What `datasets.load_dataset` takes for a file format, and would then read the files of the current folder.
+_BUILDERS = frozenset(datasets.packaged_modules._PACKAGED_DATASETS_MODULES)
 _MAPPED = ("prompt", "completion", "messages", "text")
 _EXTRA = ("tools", "chat_template_kwargs")
 # What a task's own scorer needs beside the answer; of held-out rows only, so that it is no part of what is trained on.
@@ -192,6 +194,11 @@ def _read_from_hub(spec: DatasetSection, path: str, split: str, revision: str | 
 def _read(spec: DatasetSection, path: str, split: str, root: Path, revision: str | None) -> datasets.Dataset:
     where = f"datasets.{spec.name}.path={path!r}"
     if not is_local(path, root):
+        if Path(path).exists() or path in _BUILDERS:
+            # `datasets` would take the files of this folder for the repo.
+            raise ConfigError(
+                f"{where}: is meant as a Hub id, and names a folder here or a file format. Run it from another folder."
+            )
         return _read_from_hub(spec, path, split, revision, where)
     file = (root / path).expanduser()
     if not file.exists():

@@ -23,10 +23,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import SafetensorsFileMetadata
 from huggingface_hub.utils.sha import git_hash
 
-from merit_hf.checkpoint import TensorInfo
+from merit_hf.checkpoint import TensorInfo, tensor_info
 from merit_hf.config import ConfigError, MeritError
 
 # Weights in pickle files are never fetched: nothing here reads them. Nor are copies in another layout.
@@ -36,7 +35,7 @@ _IGNORED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_][\w.+=-]*(/[A-Za-z0-9_][\w.+=-]*)?", re.ASCII)
 MAX_FILES = 1000
 _T = TypeVar("_T")
-_NO_HEADER = (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError)
+_NO_HEADER = (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # 1,000 datasets have a million pairs of 24 bytes.
 _MAX_PLAN_BYTES = 256 << 20
 
@@ -235,9 +234,12 @@ def read_file(repo_id: str, revision: str, repo_type: str, file: HubFile, max_by
         raise HubUnavailableError(f"{file.path} of `{repo_id}` arrived damaged twice. Run the command again.")
 
 
-def _read_header(repo_id: str, revision: str, file: str) -> SafetensorsFileMetadata:
+def _read_header(repo_id: str, revision: str, file: str) -> dict[str, TensorInfo]:
     with hub_errors(f"reading the header of {file} in `{repo_id}`"):
-        return HfApi().parse_safetensors_file_metadata(repo_id, file, revision=revision)
+        header = HfApi().parse_safetensors_file_metadata(repo_id, file, revision=revision)
+    return {
+        name: tensor_info(info.dtype, info.shape, file, *info.data_offsets) for name, info in header.tensors.items()
+    }
 
 
 def read_tensor_headers(repo_id: str, revision: str, files: Iterable[str]) -> dict[str, TensorInfo]:
@@ -249,17 +251,16 @@ def read_tensor_headers(repo_id: str, revision: str, files: Iterable[str]) -> di
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         try:
-            header = _read_header(repo_id, revision, file)
+            found = _read_header(repo_id, revision, file)
         except _NO_HEADER:
             # Nobody is refused for bytes that were damaged on their way here: those come out right the second time.
             try:
-                header = _read_header(repo_id, revision, file)
+                found = _read_header(repo_id, revision, file)
             except _NO_HEADER as error:
                 raise MeritError(f"{file}: not a safetensors file: {_one_line(error)}") from error
-        for name, info in header.tensors.items():
-            if name in tensors:
-                raise MeritError(f"tensor {name} is in both {tensors[name].file} and {file}")
-            tensors[name] = TensorInfo(info.dtype, tuple(info.shape), file, *info.data_offsets)
+        for name in found.keys() & tensors.keys():
+            raise MeritError(f"tensor {name} is in both {tensors[name].file} and {file}")
+        tensors |= found
     return dict(sorted(tensors.items()))
 
 

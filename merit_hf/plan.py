@@ -187,7 +187,7 @@ class PartitionPlan:
         try:
             datasets = tables.read_datasets(folder)
             if repo_id is not None:
-                content = vet_plan(content, content["sft"], repo_id)
+                content = vet_plan(content, repo_id)
                 for dataset in datasets:
                     check_pinned(dataset.repo_id, dataset.revision, dataset.name, repo_id)
             plan = cls(
@@ -203,7 +203,7 @@ class PartitionPlan:
             )
             plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches)
             plan._check_identity(content["sha256"], folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MeritError(f"{folder}: not a complete plan ({type(error).__name__}: {error}).") from error
         return plan
 
@@ -311,7 +311,7 @@ def _read_content(folder: Path) -> dict[str, Any]:
     path = folder / PLAN_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MeritError(f"{path}: not valid JSON ({error}). Restore it, or plan again.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:

@@ -75,7 +75,7 @@ class _Entry:
         """
         try:
             content = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MeritError(f"{path}: not valid JSON") from error
         if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
             raise MeritError(f"{path}: not an entry of schema_version {SCHEMA_VERSION}")
@@ -232,7 +232,7 @@ def parse_time(text: str) -> datetime:
 def _read_merged(raw: bytes) -> Mapping[str, Any] | None:
     try:
         content = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     known = isinstance(content, dict) and is_repo_id(content.get("repo_id")) and is_commit(content.get("revision"))
     return content if known else None

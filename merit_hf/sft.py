@@ -31,22 +31,12 @@ from trl import SFTConfig, SFTTrainer
 
 from merit_hf.adapters import add_adapter, is_adapter, load_adapter
 from merit_hf.config import ConfigError, MeritError
+from merit_hf.identity import BATCH_FIELDS as BATCH_FIELDS
+from merit_hf.identity import IDENTITY_FIELDS as IDENTITY_FIELDS
 
-# What decides the trained weights. Every other field of SFTConfig is placement: where and how the same training runs.
-# The two batch fields are in neither list: their product is the identity `effective_batch_size`.
-IDENTITY_FIELDS = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "assistant_only_loss", "average_tokens_across_devices",
-    "completion_only_loss", "data_seed", "dataloader_drop_last", "eos_token", "greater_is_better",
-    "label_smoothing_factor", "learning_rate", "load_best_model_at_end", "loss_type", "lr_scheduler_kwargs",
-    "lr_scheduler_type", "max_grad_norm", "max_length", "max_steps", "metric_for_best_model", "neftune_noise_alpha",
-    "num_train_epochs", "optim", "optim_args", "optim_target_modules", "packing", "packing_strategy", "padding_free",
-    "router_aux_loss_coef", "seed", "shuffle_dataset", "train_sampling_strategy", "truncation_mode", "warmup_steps",
-    "weight_decay",
-)  # fmt: skip
 _FLOATS = tuple(
     f.name for f in dataclasses.fields(SFTConfig) if f.name in IDENTITY_FIELDS and f.type in (float, "float")
 )
-BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _UNPACKED = {"packing": False, "padding_free": False, "shuffle_dataset": False}
 # Values under which the tokens of a step, or a resumed training, would not be the planned ones.
 _UNREPEATABLE = {"auto_find_batch_size": True, "ignore_data_skip": True, "save_only_model": True}
@@ -141,7 +131,7 @@ def take_chat_template(sft: Mapping[str, Any], root: Path) -> tuple[dict[str, An
 def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with `chat_template` in place of its own where one is given."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise MeritError(f"{folder}: no tokenizer can be loaded from the base: {_one_line(error)}") from error
     if chat_template is not None:
@@ -162,6 +152,8 @@ def load_model(
     """
     kwargs = _init_kwargs(args)
     kwargs.setdefault("dtype", torch.float32)
+    # Left open, transformers would ask on the terminal.
+    kwargs.setdefault("trust_remote_code", False)
     load = _load_quantized if kwargs.get("quantization_config") is not None else _load
     model = load(folder, kwargs)
     return model if peft is None else add_adapter(model, peft, SFTConfig.seed if args is None else args.seed)

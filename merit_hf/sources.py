@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from merit_hf.checkpoint import SIDE_FOLDERS, TensorInfo, read_tensor_index
+from safetensors import SafetensorError, safe_open
+
+from merit_hf.checkpoint import INDEX_NAME, SIDE_FOLDERS, SINGLE_NAME, TensorInfo, read_tensor_index
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import HubFile, fetch_files, list_files, pin_revision, read_file, read_tensor_headers
 from merit_hf.registry import is_repo_id
+from merit_hf.text import one_line
 
 # As PEFT calls it; `adapters`, which brings torch, is not needed to see that it is there.
 ADAPTER_NAME = "adapter_model.safetensors"
+# Of a model of 100,000 tensors it has some 10 MB.
+_MAX_INDEX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,15 @@ class FolderSource:
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor by name, from headers alone."""
-        return read_tensor_index(self.folder, ADAPTER_NAME if ADAPTER_NAME in self.sizes else None)
+        tensors = read_tensor_index(self.folder, ADAPTER_NAME if ADAPTER_NAME in self.sizes else None)
+        for file in sorted({info.file for info in tensors.values()}):
+            try:
+                # The library refuses more than our reader, such as byte ranges with gaps.
+                with safe_open(str(self.folder / file), framework="np"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise MeritError(f"{file}: not a safetensors file: {one_line(error)}") from error
+        return tensors
 
     def fetch(self) -> Path:
         return self.folder
@@ -87,9 +101,25 @@ class HubSource:
         return read_file(self.repo_id, self.revision, "model", self._files[path], max_bytes)
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor by name, by range requests."""
+        """Every tensor by name, by range requests.
+
+        Raises:
+            MeritError: a header cannot be read, a file is shorter than it says, or index and files disagree.
+        """
         files = [path for path in self.sizes if path.endswith(".safetensors")]
-        return read_tensor_headers(self.repo_id, self.revision, files)
+        for file in files:
+            # A server answers a range request of nothing with an error.
+            if self.sizes[file] < 8:
+                raise MeritError(f"{file} has {self.sizes[file]} bytes, too few for a header")
+        tensors = read_tensor_headers(self.repo_id, self.revision, files)
+        for name, info in tensors.items():
+            if 8 + info.end > self.sizes[info.file]:
+                raise MeritError(f"{info.file} ends before {name}, which its header places in it")
+        if INDEX_NAME in self.sizes:
+            _check_index(self.read(INDEX_NAME, _MAX_INDEX_BYTES), tensors)
+        elif set(files) - {SINGLE_NAME, ADAPTER_NAME}:
+            raise MeritError(f"shards without {INDEX_NAME}")
+        return tensors
 
     def fetch(self) -> Path:
         """Download the files that the manifest level has allowed."""
@@ -97,6 +127,18 @@ class HubSource:
 
 
 Source = FolderSource | HubSource
+
+
+def _check_index(raw: bytes, tensors: dict[str, TensorInfo]) -> None:
+    try:
+        mapped = dict(json.loads(raw)["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise MeritError(f"{INDEX_NAME} has no readable weight_map") from error
+    found = {name: info.file for name, info in tensors.items()}
+    for name in sorted(mapped.keys() | found.keys()):
+        if mapped.get(name) != found.get(name):
+            stated, file = one_line(mapped.get(name, "no shard"), 60), found.get(name, "no shard")
+            raise MeritError(f"{INDEX_NAME} puts {one_line(name, 60)} in {stated}, and it is in {file}")
 
 
 def open_source(checkpoint: str | Path, what: str = "CHECKPOINT") -> Source:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from merit_hf.config import MeritError
+from merit_hf.identity import DERIVED_FIELDS, IDENTITY_FIELDS
 from merit_hf.registry import is_commit, is_repo_id
 from merit_hf.text import one_line
 
@@ -26,21 +27,28 @@ _FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _SAFE_MODEL_KWARGS = ("attn_implementation", "dtype", "torch_dtype")
 
 
-def vet_plan(content: Mapping[str, Any], identity_fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+def vet_plan(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """plan.json of a stranger without what is not theirs to decide.
 
     Args:
         content: plan.json as read.
-        identity_fields: `sft` of the plan, which is kept as it is.
 
     Raises:
-        MeritError: base or a dataset is neither absent nor a repo pinned to a commit.
+        MeritError: base or a dataset is neither absent nor a repo pinned to a commit, or what the plan calls its
+            identity is none of it.
     """
     config, base = content["config"], content["base"]
     _check_repo(base.get("repo_id"), base.get("revision"), f"{where}: base")
+    # Which fields are identity is decided here: else a plan could declare that reporting or pushing is.
+    strange = sorted(content["sft"].keys() - {*IDENTITY_FIELDS, *DERIVED_FIELDS})
+    if strange:
+        raise MeritError(
+            f"{where}: plan.json counts sft.{one_line(strange[0], 60)} as its identity, which this release does not. "
+            "Use the merit_hf release that wrote the plan, or plan again."
+        )
     entries = []
     for entry in config["datasets"]:
-        name = one_line(entry.get("name"), 60)
+        name = one_line(entry["name"], 60)
         for key in ("path", "eval_path"):
             if entry.get(key) is not None and (
                 not is_repo_id(entry[key]) or entry[key].lower().endswith(_FILE_SUFFIXES)
@@ -50,7 +58,7 @@ def vet_plan(content: Mapping[str, Any], identity_fields: Mapping[str, Any], whe
                     "plan from elsewhere may not name files of this machine."
                 )
         entries.append(dict(entry))
-    sft = {key: value for key, value in config["sft"].items() if key in identity_fields or key in SAFE_PLACEMENT}
+    sft = {key: value for key, value in config["sft"].items() if key in (*IDENTITY_FIELDS, *SAFE_PLACEMENT)}
     if isinstance(sft.get("model_init_kwargs"), dict):
         sft["model_init_kwargs"] = {
             key: value

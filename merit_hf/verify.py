@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merit_hf.checks import Check, failed, manifest_checks
+from merit_hf.checks import Check, failed, manifest_checks, structure_checks
 from merit_hf.config import ConfigError
 from merit_hf.manifest import hash_files, read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
-from merit_hf.sources import ADAPTER_NAME, Source, open_source
+from merit_hf.sources import ADAPTER_NAME, FolderSource, Source, open_source
 
 LEVELS = ("manifest", "weights", "behaviour")
 
@@ -71,24 +71,24 @@ def verify_checkpoints(
     """[`verify_checkpoint`] for several at once: their weights are read once, and compared with each other.
 
     Args:
-        num_asked: only the first so many are looked at beyond their weights. Default: all.
+        num_asked: only the first so many are judged; the others are what they are compared with. Default: all.
     """
     if level not in LEVELS:
         raise ConfigError(f"level {level!r}: expected one of {', '.join(LEVELS)}.")
     results = [Verified(source, *manifest_checks(plan, source), folder=None) for source in sources]
     if level == "manifest":
         return results
-    results = [_fetched(result) for result in results]
-    results = _with_weights(plan, results)
+    count = len(results) if num_asked is None else num_asked
+    if any(result.ok for result in results[:count]):
+        results = _with_weights(plan, [_fetched(plan, result) for result in results], count)
     if level == "weights":
         return results
-    count = len(results) if num_asked is None else num_asked
     return [
         _with_behaviour(plan, result, progress) if index < count else result for index, result in enumerate(results)
     ]
 
 
-def _fetched(result: Verified) -> Verified:
+def _fetched(plan: PartitionPlan, result: Verified) -> Verified:
     """With the files here, and their checksums against the manifest."""
     if not result.ok:
         return result
@@ -101,10 +101,14 @@ def _fetched(result: Verified) -> Verified:
         f"{', '.join(wrong[:3])} has changed" if wrong else "the same",
         not wrong,
     )
-    return Verified(result.source, [*result.checks, check], result.group, folder)
+    checks = [*result.checks, check]
+    if not isinstance(result.source, FolderSource):
+        # Whoever can alter what a server sends can send one header to a range request and another to a download.
+        checks += [check for check in structure_checks(plan, FolderSource(folder)) if not check.ok]
+    return Verified(result.source, checks, result.group, folder)
 
 
-def _with_weights(plan: PartitionPlan, results: Sequence[Verified]) -> list[Verified]:
+def _with_weights(plan: PartitionPlan, results: Sequence[Verified], count: int) -> list[Verified]:
     from merit_hf.behaviour import side_checks
     from merit_hf.movement import measure_movement, movement_checks
 
@@ -117,10 +121,12 @@ def _with_weights(plan: PartitionPlan, results: Sequence[Verified]) -> list[Veri
     movement = measure_movement(base, folders, file)
     numbers = [result.group for result in sound if result.group is not None]
     steps = [plan.group(number).num_steps for number in numbers]
+    asked = {id(result) for result in results[:count]}
     added: Mapping[int, list[Check]] = {
         id(result): side_checks(plan, folders[k], base)
         + movement_checks(movement, k, plan.group_sft(numbers[k]), steps)
         for k, result in enumerate(sound)
+        if id(result) in asked
     }
     return [
         Verified(result.source, [*result.checks, *added.get(id(result), [])], result.group, result.folder)

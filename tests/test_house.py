@@ -38,6 +38,7 @@ ROAD = [
     "hub",
     "hub_write",
     "registry",
+    "identity",
     "untrusted",
     "licences",
     "adapters",
