@@ -31,7 +31,7 @@ class Command:
     def __init__(self, folder: Path, arguments: tuple[str, ...]) -> None:
         self.folder, self.arguments = folder, arguments
 
-    def wait(self, seconds: float = 240.0) -> Self:
+    def wait(self, seconds: float = 600.0) -> Self:
         deadline = time.monotonic() + seconds
         while not (self.folder / "code").exists():
             assert time.monotonic() < deadline, f"{self.arguments} still runs:\n{self.out}{self.err}"
