@@ -18,13 +18,13 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from merit_hf.blocks import Cell, Table, decimals
-from merit_hf.diagnosed import diagnosis_facts
 from merit_hf.figures import save_plan_figures
-from merit_hf.report import save_evaluation_figure, write_report
-from merit_hf.results import evaluation_facts
-from merit_hf.run_folder import RunFolder, read_run
-from merit_hf.sections import merge_facts, plan_facts, training_facts
+from merit_hf.report.blocks import Cell, Table, decimals
+from merit_hf.report.diagnosed import diagnosis_facts
+from merit_hf.report.page import save_evaluation_figure, write_report
+from merit_hf.report.results import evaluation_facts
+from merit_hf.report.run_folder import RunFolder, read_run
+from merit_hf.report.sections import merge_facts, plan_facts, training_facts
 from merit_hf.text import escape_markdown
 
 DOCS = Path(__file__).resolve().parent

@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     from merit_hf.config import ConfigError as ConfigError
     from merit_hf.config import MeritConfig as MeritConfig
     from merit_hf.config import MeritError as MeritError
-    from merit_hf.diagnosis import diagnose as diagnose
-    from merit_hf.evaluate import evaluate_models as evaluate_models
+    from merit_hf.diagnosis.diagnose import diagnose as diagnose
+    from merit_hf.evaluation.evaluate import evaluate_models as evaluate_models
     from merit_hf.group_merge import merge_groups as merge_groups
     from merit_hf.plan import PartitionPlan as PartitionPlan
     from merit_hf.planner import MeritPlanner as MeritPlanner
     from merit_hf.training import train_group as train_group
-    from merit_hf.verify import verify_checkpoint as verify_checkpoint
+    from merit_hf.verification.verify import verify_checkpoint as verify_checkpoint
 
 # Imported when first used: `merit --help` and reading a config need no torch.
 _WHERE = {
     "ConfigError": "config", "MeritCallback": "callback", "MeritConfig": "config", "MeritError": "config",
-    "MeritPlanner": "planner", "PartitionPlan": "plan", "evaluate_models": "evaluate", "merge_groups": "group_merge",
-    "diagnose": "diagnosis", "train_group": "training", "verify_checkpoint": "verify",
+    "MeritPlanner": "planner", "PartitionPlan": "plan", "evaluate_models": "evaluation.evaluate",
+    "merge_groups": "group_merge", "diagnose": "diagnosis.diagnose", "train_group": "training", "verify_checkpoint": "verification.verify",
 }  # fmt: skip
 __all__ = sorted(_WHERE)
 __version__ = "0.1.0"

@@ -135,8 +135,8 @@ def merge(
     """Verify the groups and average them, weighted by tokens."""
     with exit_on_error(debug):
         quiet()
-        from merit_hf.community import accepted_checkpoints
         from merit_hf.plan import PartitionPlan
+        from merit_hf.sharing.community import accepted_checkpoints
 
         loaded = PartitionPlan.from_pretrained(plan)
         chosen = checkpoints or accepted_checkpoints(loaded)
@@ -227,9 +227,9 @@ def evaluate(
     """
     with exit_on_error(debug):
         quiet()
-        from merit_hf.harness import HarnessCall
+        from merit_hf.evaluation.harness import HarnessCall
+        from merit_hf.evaluation.side_by_side import evaluate_side_by_side
         from merit_hf.plan import PartitionPlan
-        from merit_hf.side_by_side import evaluate_side_by_side
 
         benchmarks = HarnessCall.of(
             harness, tasks, include_path,
@@ -266,8 +266,8 @@ def diagnose(
     """Say why the merged model is as it is: one basin or not, which group is at fault, and the remedy."""
     with exit_on_error(debug):
         quiet()
-        from merit_hf.diagnosis import diagnose
-        from merit_hf.diagnosis_text import diagnosis_lines
+        from merit_hf.diagnosis.diagnose import diagnose
+        from merit_hf.diagnosis.wording import diagnosis_lines
         from merit_hf.plan import PartitionPlan
 
         content = diagnose(
@@ -298,7 +298,7 @@ def report(
     It needs no network, and shows whatever is there: a plan alone, or all of a run.
     """
     with exit_on_error(debug):
-        from merit_hf.report import save_run_figures, write_report
+        from merit_hf.report.page import save_run_figures, write_report
 
         page = write_report(folder, output)
         if figures:

@@ -39,8 +39,8 @@ def verify(
     with exit_on_error(debug):
         quiet()
         from merit_hf.plan import PartitionPlan
-        from merit_hf.sources import open_source
-        from merit_hf.verify import verify_checkpoints
+        from merit_hf.verification.sources import open_source
+        from merit_hf.verification.verify import verify_checkpoints
 
         loaded = PartitionPlan.from_pretrained(plan)
         loaded.supply(dict(named_values(data, "--data")))
@@ -94,7 +94,7 @@ def push(
     """
     with exit_on_error(debug):
         quiet()
-        from merit_hf.push import push_directory
+        from merit_hf.sharing.push import push_directory
 
         for line in push_directory(
             folder, repo_id, private=private or None, create_pr=create_pr, with_data=with_data, licence=licence,
@@ -116,8 +116,8 @@ def claim(
     """
     with exit_on_error(debug):
         quiet()
-        from merit_hf.community import claim as claim_group
         from merit_hf.plan import PartitionPlan
+        from merit_hf.sharing.community import claim as claim_group
 
         loaded = PartitionPlan.from_pretrained(plan)
         say(claim_group(loaded, group, days, hardware))
@@ -127,8 +127,8 @@ def release(plan: HubPlan, group: Group, debug: Debug = False) -> None:
     """Give a claimed group back."""
     with exit_on_error(debug):
         quiet()
-        from merit_hf.community import release as release_group
         from merit_hf.plan import PartitionPlan
+        from merit_hf.sharing.community import release as release_group
 
         say(release_group(PartitionPlan.from_pretrained(plan), group))
 
@@ -141,8 +141,8 @@ def contribute(
     """Offer a trained group to the plan: a pull request that registers it, pinned to its commit."""
     with exit_on_error(debug):
         quiet()
-        from merit_hf.community import contribute as contribute_checkpoint
         from merit_hf.plan import PartitionPlan
+        from merit_hf.sharing.community import contribute as contribute_checkpoint
 
         say(contribute_checkpoint(PartitionPlan.from_pretrained(plan), checkpoint))
 
@@ -154,9 +154,9 @@ def accept(plan: HubPlan, level: Level = "behaviour", data: Data = None, debug: 
     """
     with exit_on_error(debug):
         quiet()
-        from merit_hf.accept import accept as decide
         from merit_hf.plan import PartitionPlan
-        from merit_hf.status import next_step, plan_status, status_table
+        from merit_hf.sharing.accept import accept as decide
+        from merit_hf.sharing.status import next_step, plan_status, status_table
 
         loaded = PartitionPlan.from_pretrained(plan)
         loaded.supply(dict(named_values(data, "--data")))
@@ -174,7 +174,7 @@ def status(plan: PlanArgument, as_json: AsJson = False, debug: Debug = False) ->
     with exit_on_error(debug):
         quiet()
         from merit_hf.plan import PartitionPlan
-        from merit_hf.status import next_step, plan_status, status_json, status_table
+        from merit_hf.sharing.status import next_step, plan_status, status_json, status_table
 
         loaded = PartitionPlan.from_pretrained(plan)
         states, problems = plan_status(loaded)

@@ -18,10 +18,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub.errors import HTTPError
 
 from merit_hf.config import REASONING_GYM, ConfigError, DatasetSection
-from merit_hf.hub import HubUnavailableError, arrived_whole, is_unavailable, pin_revision
+from merit_hf.hub import HTTPError, HubUnavailableError, arrived_whole, is_unavailable, pin_revision
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # What `datasets.load_dataset` takes for a file format, and would then read the files of the current folder.

@@ -18,15 +18,15 @@ import yaml
 from merit_hf.adapter_merge import merge_adapters_into
 from merit_hf.cards import merged_model_card
 from merit_hf.checkpoint import atomic_folder, weights_sha256
-from merit_hf.checks import Check, failed, manifest_checks
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import resolve_model
 from merit_hf.manifest import hash_files, read_manifest, write_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME, MergeStats, merge_into, model_reference
 from merit_hf.mergekit_engine import MethodUse, mergekit_config
 from merit_hf.plan import PartitionPlan, canonical_sha256
-from merit_hf.sources import FolderSource, Source, open_source
-from merit_hf.verify import verify_checkpoints
+from merit_hf.verification.checks import Check, failed, manifest_checks
+from merit_hf.verification.sources import FolderSource, Source, open_source
+from merit_hf.verification.verify import verify_checkpoints
 from merit_hf.versions import library_versions
 
 SCHEMA_VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from merit_hf.cards import EVALUATION_FIGURE, merged_model_card
 from merit_hf.config import ConfigError, MeritConfig
-from merit_hf.evaluate import EVALUATION_NAME, evaluate_models, save_evaluation
+from merit_hf.evaluation.evaluate import EVALUATION_NAME, evaluate_models, save_evaluation
 from merit_hf.group_merge import group_weights, merge_groups
 from merit_hf.hub import current_user
 from merit_hf.launch import train_groups
@@ -18,9 +18,9 @@ from merit_hf.merge import MERGEKIT_CONFIG_NAME
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
-from merit_hf.publish import licence_of, push_group, push_merged, push_plan
-from merit_hf.report import save_evaluation_figure, write_report
+from merit_hf.report.page import save_evaluation_figure, write_report
 from merit_hf.resolved import WEIGHTINGS
+from merit_hf.sharing.publish import licence_of, push_group, push_merged, push_plan
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ import numpy as np
 from merit_hf import tables
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.readouts import SKETCHES_NAME, open_sketches
+from merit_hf.sharing.untrusted import check_pinned, vet_plan
 from merit_hf.tables import PlannedDataset as PlannedDataset
 from merit_hf.tables import PlannedGroup as PlannedGroup
-from merit_hf.untrusted import check_pinned, vet_plan
 
 SCHEMA_VERSION = 1
 PLAN_NAME = "plan.json"
@@ -218,7 +218,7 @@ class PartitionPlan:
             ConfigError: the plan was not saved, or the repo holds another plan that is in use.
             MeritError: the upload failed; it can be run again.
         """
-        from merit_hf.publish import push_plan
+        from merit_hf.sharing.publish import push_plan
 
         return push_plan(self, repo_id, private, create_pr).url
 

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from merit_hf.config import ConfigError
-from merit_hf.evaluate import EVALUATION_NAME, evaluation_table
+from merit_hf.evaluation.evaluate import EVALUATION_NAME, evaluation_table
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.pipeline import RunResult
 from merit_hf.plan import PartitionPlan
-from merit_hf.words import cosine_sentence, verdict_sentence
+from merit_hf.report.words import cosine_sentence, verdict_sentence
 
 # Beyond this share of the distance from the base, the rounding of the output is worth a word.
 MUCH_CAST_LOSS = 0.1

@@ -22,7 +22,6 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from merit_hf.callback import MeritCallback
-from merit_hf.community import may_write
 from merit_hf.config import ConfigError, MeritError, check_sft, parse_value
 from merit_hf.entry import exit_on_error
 from merit_hf.hub import current_user, fetch_folder
@@ -30,7 +29,6 @@ from merit_hf.manifest import MANIFEST_NAME, TRAINER_STATE, hash_files, read_man
 from merit_hf.mixture import check_against_plan, plan_specs, prepare_dataset, read_mixture
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress, Stage
-from merit_hf.publish import push_group, read_remote_manifest
 from merit_hf.sft import (
     BATCH_FIELDS,
     IDENTITY_FIELDS,
@@ -39,6 +37,8 @@ from merit_hf.sft import (
     load_tokenizer,
     open_trainer,
 )
+from merit_hf.sharing.community import may_write
+from merit_hf.sharing.publish import push_group, read_remote_manifest
 from merit_hf.workers import check_processes
 
 _RUN_NAME = "run.json"

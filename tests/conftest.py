@@ -79,7 +79,7 @@ def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of 500 datasets in eight groups, with its report.html. Read only."""
     import runs
 
-    from merit_hf.report import write_report
+    from merit_hf.report.page import write_report
 
     folder = tmp_path_factory.mktemp("large") / "run"
     runs.make_run(folder, [f"org__a-dataset-with-a-long-name-{number:03d}" for number in range(500)], 8)

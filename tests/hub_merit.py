@@ -151,12 +151,6 @@ def _child(request: dict[str, Any]) -> int:
 def _serve() -> None:
     import jobs_preload  # noqa: F401
 
-    import merit_hf.accept
-    import merit_hf.behaviour
-    import merit_hf.movement
-    import merit_hf.push
-    import merit_hf.status  # noqa: F401
-
     running: dict[int, Path] = {}
 
     def reap(*_: object) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 import merit_hf.cli
-import merit_hf.evaluate
+import merit_hf.evaluation.evaluate
 import merit_hf.group_merge
 import merit_hf.planner
 import merit_hf.training

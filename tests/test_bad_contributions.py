@@ -27,7 +27,7 @@ from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
 from merit_hf.training import train_group
-from merit_hf.verify import verify_checkpoint
+from merit_hf.verification.verify import verify_checkpoint
 
 TASKS = ("copy", "reverse", "first", "upper")
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
@@ -36,8 +36,8 @@ RUN = """
 import json, sys
 from pathlib import Path
 from merit_hf.plan import PartitionPlan
-from merit_hf.sources import open_source
-from merit_hf.verify import verify_checkpoints
+from merit_hf.verification.sources import open_source
+from merit_hf.verification.verify import verify_checkpoints
 jobs, plan = json.loads(Path(sys.argv[1]).read_text()), PartitionPlan.from_pretrained(sys.argv[2])
 found = {}
 for job in jobs:

@@ -29,11 +29,11 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf import MeritCallback, PartitionPlan
-from merit_hf.checks import failed
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.group_merge import merge_groups
 from merit_hf.manifest import read_manifest
-from merit_hf.verify import verify_checkpoint
+from merit_hf.verification.checks import failed
+from merit_hf.verification.verify import verify_checkpoint
 
 SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 1,

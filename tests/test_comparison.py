@@ -11,10 +11,10 @@ import datasets
 import pytest
 from rich.console import Console
 
-from merit_hf.comparison import Measured, compare
-from merit_hf.comparison_table import answer_tables, evaluation_table, evaluation_words, harness_table
 from merit_hf.config import ConfigError
-from merit_hf.held_out import HeldOut, Question
+from merit_hf.evaluation.comparison import Measured, compare
+from merit_hf.evaluation.comparison_table import answer_tables, evaluation_table, evaluation_words, harness_table
+from merit_hf.evaluation.held_out import HeldOut, Question
 
 LABELS = ["base", "joint", "group-0", "group-1", "group-2", "group-3", "merged"]
 

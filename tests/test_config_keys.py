@@ -31,7 +31,7 @@ from merit_hf.config import (
     PlanSection,
 )
 from merit_hf.data import load_rows
-from merit_hf.evaluate import evaluate_models
+from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
@@ -248,7 +248,7 @@ import json, sys
 from pathlib import Path
 from merit_hf.config import BaseSection, DatasetSection
 from merit_hf.data import load_rows
-from merit_hf.evaluate import evaluate_models
+from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.hub import resolve_model
 out = []
 for values in json.loads(sys.argv[1]):

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from merit_hf import diagnose
 from merit_hf.cli import app
 from merit_hf.config import ConfigError
-from merit_hf.evaluate import evaluate_models
+from merit_hf.diagnosis.losses import LossRows, RowLosses, float32_settings, read_loss_rows, under_other_prompts
+from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.group_merge import merge_groups
-from merit_hf.losses import LossRows, RowLosses, float32_settings, read_loss_rows, under_other_prompts
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 from merit_hf.sft import build_args, load_model, load_tokenizer, open_loss

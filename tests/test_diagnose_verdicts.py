@@ -13,7 +13,7 @@ import yaml
 from tiny import WORDS, as_chat, make_base, task_rows, write_jsonl
 
 from merit_hf import MeritConfig, MeritPlanner, PartitionPlan, diagnose, merge_groups, train_group
-from merit_hf.diagnosis_text import diagnosis_lines
+from merit_hf.diagnosis.wording import diagnosis_lines
 from merit_hf.progress import Progress
 
 pytestmark = pytest.mark.slow

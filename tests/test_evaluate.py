@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from merit_hf.cli import app
 from merit_hf.config import ConfigError, MeritConfig
-from merit_hf.evaluate import evaluate_models, merged_models, save_evaluation
+from merit_hf.evaluation.evaluate import evaluate_models, merged_models, save_evaluation
 from merit_hf.group_merge import merge_groups
 from merit_hf.manifest import hash_files, read_manifest
 from merit_hf.plan import PartitionPlan

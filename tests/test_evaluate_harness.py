@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from merit_hf.cli import app
 from merit_hf.config import ConfigError, MeritError
-from merit_hf.evaluate import evaluate_models
-from merit_hf.harness import HarnessCall, run_harness
+from merit_hf.evaluation.evaluate import evaluate_models
+from merit_hf.evaluation.harness import HarnessCall, run_harness
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 

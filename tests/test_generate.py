@@ -11,7 +11,7 @@ import torch
 from tiny import make_base
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from merit_hf.generate import Answer, greedy_answers, stop_tokens
+from merit_hf.evaluation.generate import Answer, greedy_answers, stop_tokens
 from merit_hf.sft import load_model, load_tokenizer
 
 PAD = 0

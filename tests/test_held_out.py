@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from merit_hf.config import ConfigError, DatasetSection
 from merit_hf.data import load_rows
-from merit_hf.held_out import sample_held_out, with_questions
+from merit_hf.evaluation.held_out import sample_held_out, with_questions
 from merit_hf.sft import build_args, collate, load_model, load_tokenizer, loss_sum, loss_sums, open_loss, tokenize_rows
 
 

@@ -11,12 +11,12 @@ from jobs import ROOT, launch
 from tiny import as_chat, make_mixture, task_rows, write_jsonl
 
 from merit_hf.config import MeritConfig
-from merit_hf.movement import measure_movement, step_bound
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
 from merit_hf.training import train_group
-from merit_hf.verify import verify_checkpoint
+from merit_hf.verification.movement import measure_movement, step_bound
+from merit_hf.verification.verify import verify_checkpoint
 
 pytestmark = pytest.mark.slow
 TASKS = ("copy", "reverse", "first", "upper")

@@ -37,10 +37,10 @@ ROAD = [
     "checkpoint",
     "hub",
     "hub_write",
-    "registry",
+    "sharing.registry",
     "identity",
-    "untrusted",
-    "licences",
+    "sharing.untrusted",
+    "sharing.licences",
     "adapters",
     "adapted",
     "sft",
@@ -53,25 +53,25 @@ ROAD = [
     "cards",
     "figures",
     "manifest",
-    "sources",
-    "checks",
-    "words",
-    "charts",
-    "run_folder",
-    "blocks",
-    "sections",
-    "results",
-    "diagnosed",
-    "report",
+    "verification.sources",
+    "verification.checks",
+    "report.words",
+    "report.charts",
+    "report.run_folder",
+    "report.blocks",
+    "report.sections",
+    "report.results",
+    "report.diagnosed",
+    "report.page",
     "mixture",
     "gradients",
-    "movement",
-    "behaviour",
-    "verify",
-    "community",
-    "accept",
-    "publish",
-    "publish_data",
+    "verification.movement",
+    "verification.behaviour",
+    "verification.verify",
+    "sharing.community",
+    "sharing.accept",
+    "sharing.publish",
+    "sharing.publish_data",
     "measure",
     "groups",
     "planner",
@@ -84,36 +84,36 @@ ROAD = [
     "merge",
     "adapter_merge",
     "group_merge",
-    "paired",
-    "metrics",
-    "held_out",
-    "generate",
-    "comparison",
-    "comparison_table",
-    "evaluator",
-    "evaluate",
+    "evaluation.paired",
+    "evaluation.metrics",
+    "evaluation.held_out",
+    "evaluation.generate",
+    "evaluation.comparison",
+    "evaluation.comparison_table",
+    "evaluation.evaluator",
+    "evaluation.evaluate",
     "sweep",
-    "harness",
-    "basin",
-    "evidence",
-    "verdict",
-    "interpolate",
-    "losses",
-    "analysis",
-    "probe",
-    "diagnosis_text",
-    "diagnosis",
+    "evaluation.harness",
+    "diagnosis.basin",
+    "diagnosis.evidence",
+    "diagnosis.verdict",
+    "diagnosis.interpolate",
+    "diagnosis.losses",
+    "diagnosis.analysis",
+    "diagnosis.probe",
+    "diagnosis.wording",
+    "diagnosis.diagnose",
     "pipeline",
     "summary",
-    "side_by_side",
-    "status",
-    "push",
+    "evaluation.side_by_side",
+    "sharing.status",
+    "sharing.push",
     "cli_options",
     "cli_hub",
     "cli",
 ]
 # A plan is saved with its card and its figures, which are made of a plan.
-UPHILL = {("plan", "cards"), ("plan", "figures"), ("plan", "publish")}
+UPHILL = {("plan", "cards"), ("plan", "figures"), ("plan", "sharing.publish")}
 # `merit --help`, CONFIG and a look at a plan need none of these rooms to wait for torch.
 WITHOUT_TORCH = [
     "fields",
@@ -130,23 +130,23 @@ WITHOUT_TORCH = [
     "checkpoint",
     "hub",
     "hub_write",
-    "registry",
-    "untrusted",
-    "licences",
+    "sharing.registry",
+    "sharing.untrusted",
+    "sharing.licences",
     "tables",
     "plan",
     "card_evaluation",
     "cards",
     "manifest",
-    "report",
-    "sources",
-    "checks",
-    "verify",
-    "community",
-    "accept",
-    "publish",
-    "push",
-    "status",
+    "report.page",
+    "verification.sources",
+    "verification.checks",
+    "verification.verify",
+    "sharing.community",
+    "sharing.accept",
+    "sharing.publish",
+    "sharing.push",
+    "sharing.status",
     "cli_options",
     "cli_hub",
     "cli",
@@ -177,6 +177,17 @@ COMMANDS = (
 )
 
 
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """`evaluation.metrics` of a file below the package, `__init__` of every package's own."""
+    return "__init__" if path.stem == "__init__" else ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+ROOMS = {name_of(path) for path in MODULES} - {"__init__"}
+
+
 class Import(NamedTuple):
     room: str
     module: str
@@ -187,15 +198,15 @@ class Import(NamedTuple):
 
 def imports() -> list[Import]:
     found = []
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in MODULES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             lazy = node not in tree.body
             if isinstance(node, ast.Import):
-                found += [Import(path.stem, alias.name, None, node.lineno, lazy) for alias in node.names]
+                found += [Import(name_of(path), alias.name, None, node.lineno, lazy) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path.name}:{node.lineno}: a relative import"
-                found += [Import(path.stem, str(node.module), a.name, node.lineno, lazy) for a in node.names]
+                found += [Import(name_of(path), str(node.module), a.name, node.lineno, lazy) for a in node.names]
     return found
 
 
@@ -204,16 +215,18 @@ IMPORTS = imports()
 
 def room_of(item: Import) -> str | None:
     """Which of our rooms an import names."""
-    if item.module == "merit_hf":
-        return item.name if (PACKAGE / f"{item.name}.py").exists() else "__init__"
-    return item.module.split(".")[1] if item.module.startswith("merit_hf.") else None
+    if item.module.partition(".")[0] != "merit_hf":
+        return None
+    room = item.module.partition(".")[2]
+    whole = f"{room}.{item.name}" if room else str(item.name)
+    return next((name for name in (whole, room) if name in ROOMS), "__init__")
 
 
 OURS = [(item, target) for item in IMPORTS if (target := room_of(item)) is not None and item.room != "__init__"]
 
 
 def test_every_room_is_on_the_road() -> None:
-    assert sorted(ROAD) == sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+    assert sorted(ROAD) == sorted(ROOMS)
 
 
 def test_imports_point_down_the_road() -> None:
@@ -239,7 +252,7 @@ def test_conflict_and_partition_are_pure_arrays() -> None:
 
 def test_every_library_has_its_room() -> None:
     assert {item.room for item in IMPORTS if item.module.split(".")[0] == "mergekit"} <= {"mergekit_engine"}
-    assert {item.room for item in IMPORTS if item.module.split(".")[0] == "lm_eval"} == {"harness"}
+    assert {item.room for item in IMPORTS if item.module.split(".")[0] == "lm_eval"} == {"evaluation.harness"}
     for item in IMPORTS:
         if item.module.split(".")[0] == "huggingface_hub":
             assert item.room in HUB_NAMES, f"{item.room}.py:{item.line}"
@@ -276,7 +289,7 @@ def test_rooms_that_need_no_torch_do_not_load_it() -> None:
 
 
 def test_modules_are_small_and_nothing_prints() -> None:
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in MODULES:
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= MAX_LINES, path.name
         for node in ast.walk(ast.parse(text)):

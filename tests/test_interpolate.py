@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from merit_hf import basin
 from merit_hf.align import Checkpoint, align
-from merit_hf.basin import Draws, Point, Survey
 from merit_hf.config import MeritError
-from merit_hf.interpolate import Mover
+from merit_hf.diagnosis import basin
+from merit_hf.diagnosis.basin import Draws, Point, Survey
+from merit_hf.diagnosis.interpolate import Mover
 
 WEIGHTS = {0: 0.2, 1: 0.3, 2: 0.5}
 
@@ -171,8 +171,8 @@ import json, sys, threading, time
 import torch
 from pathlib import Path
 from merit_hf.align import Checkpoint
-from merit_hf.basin import Point
-from merit_hf.interpolate import Mover
+from merit_hf.diagnosis.basin import Point
+from merit_hf.diagnosis.interpolate import Mover
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merit_hf.config import ConfigError
-from merit_hf.licences import PERMISSIVE, merged_licence
+from merit_hf.sharing.licences import PERMISSIVE, merged_licence
 
 PERMISSIVE_ONES = st.sampled_from(sorted(PERMISSIVE))
 

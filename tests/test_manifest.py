@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merit_hf.checks import Check
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.group_merge import merge_groups
 from merit_hf.manifest import hash_files, read_manifest, write_manifest
 from merit_hf.plan import PartitionPlan
-from merit_hf.verify import verify_checkpoint
+from merit_hf.verification.checks import Check
+from merit_hf.verification.verify import verify_checkpoint
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merit_hf.config import METRICS, ConfigError, MeritConfig
-from merit_hf.metrics import default_metric, exact_match, load_scorer, parse_metadata
-from merit_hf.paired import MIN_EXAMPLES, NUM_RESAMPLES, mean_difference, paired_difference
+from merit_hf.evaluation.metrics import default_metric, exact_match, load_scorer, parse_metadata
+from merit_hf.evaluation.paired import MIN_EXAMPLES, NUM_RESAMPLES, mean_difference, paired_difference
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8"), max_size=40)
 
@@ -106,7 +106,7 @@ def test_a_missing_library_is_told_in_one_line(name: str, library: str) -> None:
         "import sys\n"
         "sys.modules[sys.argv[2]] = None\n"  # what Python itself takes as `cannot be imported`
         "from merit_hf.config import ConfigError\n"
-        "from merit_hf.metrics import load_scorer\n"
+        "from merit_hf.evaluation.metrics import load_scorer\n"
         "try:\n"
         "    load_scorer(sys.argv[1], 'datasets.x.metric')\n"
         "except ConfigError as error:\n"

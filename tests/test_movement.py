@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from merit_hf.movement import Movement, measure_movement, movement_checks, step_bound
+from merit_hf.verification.movement import Movement, measure_movement, movement_checks, step_bound
 
 BETAS = st.tuples(
     st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.95, 0.99]), st.sampled_from([0.5, 0.9, 0.95, 0.98, 0.999, 0.9999])

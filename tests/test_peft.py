@@ -19,9 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 from merit_hf import MeritCallback, MeritConfig, MeritPlanner, PartitionPlan
 from merit_hf.adapters import adapter_settings
-from merit_hf.checks import failed
 from merit_hf.config import ConfigError, MeritError
-from merit_hf.evaluate import evaluate_models
+from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.gradients import dataset_gradient, trained_parameters
 from merit_hf.group_merge import merge_groups
 from merit_hf.manifest import read_manifest
@@ -31,7 +30,8 @@ from merit_hf.progress import Progress
 from merit_hf.sft import build_args, load_model, load_tokenizer, loss_sum, open_loss
 from merit_hf.sketch import make_sketch
 from merit_hf.training import train_group
-from merit_hf.verify import verify_checkpoint
+from merit_hf.verification.checks import failed
+from merit_hf.verification.verify import verify_checkpoint
 
 QUIET = Progress(quiet=True)
 LORA = ("peft.r=4", "peft.lora_alpha=16", "peft.lora_dropout=0.1", "peft.target_modules=[q_proj, down_proj]")

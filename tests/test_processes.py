@@ -16,13 +16,13 @@ from accelerate.commands.config.config_args import ClusterConfig
 from safetensors.torch import load_file
 from tiny import make_mixture
 
-from merit_hf.checks import failed
 from merit_hf.config import MeritError
 from merit_hf.manifest import read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 from merit_hf.training import train_group
-from merit_hf.verify import verify_checkpoint
+from merit_hf.verification.checks import failed
+from merit_hf.verification.verify import verify_checkpoint
 from merit_hf.workers import Worker, check_processes
 
 RECIPES = jobs.ROOT / "recipes"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merit_hf.config import MeritError
-from merit_hf.registry import (
+from merit_hf.sharing.registry import (
     Claim,
     Contribution,
     claim_path,

@@ -20,14 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from merit_hf.blocks import change, decimals, estimate, listed, signed
-from merit_hf.charts import thinned, unique_labels
 from merit_hf.cli import app
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.plan import PartitionPlan
-from merit_hf.report import write_report
-from merit_hf.run_folder import read_run
-from merit_hf.sections import step_agreement
+from merit_hf.report.blocks import change, decimals, estimate, listed, signed
+from merit_hf.report.charts import thinned, unique_labels
+from merit_hf.report.page import write_report
+from merit_hf.report.run_folder import read_run
+from merit_hf.report.sections import step_agreement
 
 NAMES = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
 HOSTILE = [

@@ -15,9 +15,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 from test_report import HOSTILE, NAMES
 
-from merit_hf.charts import unique_labels
 from merit_hf.plan import PartitionPlan
-from merit_hf.report import write_report
+from merit_hf.report.charts import unique_labels
+from merit_hf.report.page import write_report
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}

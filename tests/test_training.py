@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from merit_hf.checks import failed
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.manifest import read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 from merit_hf.training import last_checkpoint, parse_placement, train_group
-from merit_hf.verify import verify_checkpoint
+from merit_hf.verification.checks import failed
+from merit_hf.verification.verify import verify_checkpoint
 
 QUIET = Progress(quiet=True)
 

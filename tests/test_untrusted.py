@@ -15,13 +15,13 @@ from contributions import write_tree
 from hub_server import HubServer
 from hub_server.repos import Repo
 
-from merit_hf.accept import Decision, _comment
 from merit_hf.cards import plan_dataset_card, validate_card
-from merit_hf.checks import shorten
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.identity import DERIVED_FIELDS, IDENTITY_FIELDS
 from merit_hf.plan import PartitionPlan
-from merit_hf.untrusted import SAFE_PLACEMENT, check_pinned, vet_plan
+from merit_hf.sharing.accept import Decision, _comment
+from merit_hf.sharing.untrusted import SAFE_PLACEMENT, check_pinned, vet_plan
+from merit_hf.verification.checks import shorten
 
 SHA = "c" * 40
 HOSTILE = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from merit_hf.verdict import judge
+from merit_hf.diagnosis.verdict import judge
 
 NAMES = [f"task-{i}" for i in range(12)]
 

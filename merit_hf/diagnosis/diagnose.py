@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from merit_hf.align import align
-from merit_hf.analysis import analyse_losses, analyse_weights, rounded
-from merit_hf.basin import Survey
 from merit_hf.checkpoint import read_model_config
 from merit_hf.config import ConfigError
-from merit_hf.diagnosis_text import diagnosis_readme
-from merit_hf.evidence import TOLERANCE, left_basin_on
+from merit_hf.diagnosis.analysis import analyse_losses, analyse_weights, rounded
+from merit_hf.diagnosis.basin import Survey
+from merit_hf.diagnosis.evidence import TOLERANCE, left_basin_on
+from merit_hf.diagnosis.losses import Store
+from merit_hf.diagnosis.probe import Probed, probe
+from merit_hf.diagnosis.verdict import judge
+from merit_hf.diagnosis.wording import diagnosis_readme
 from merit_hf.group_merge import group_weights
-from merit_hf.losses import Store
 from merit_hf.manifest import read_manifest
 from merit_hf.plan import PartitionPlan
-from merit_hf.probe import Probed, probe
 from merit_hf.progress import Progress
-from merit_hf.verdict import judge
-from merit_hf.verify import verify_checkpoint
+from merit_hf.verification.verify import verify_checkpoint
 
 SCHEMA_VERSION = 1
 DIAGNOSIS_NAME = "diagnosis.json"

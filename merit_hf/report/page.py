@@ -18,15 +18,15 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from plotly.offline import get_plotlyjs
 
-from merit_hf.blocks import decimals
 from merit_hf.cards import EVALUATION_FIGURE
-from merit_hf.charts import extremes
 from merit_hf.config import MeritError
-from merit_hf.diagnosed import diagnosis_facts
 from merit_hf.figures import save_comparison, save_losses
-from merit_hf.results import compared_losses, evaluation_facts
-from merit_hf.run_folder import RunFolder, read_run
-from merit_hf.sections import in_short, merge_facts, plan_facts, provenance_facts, training_facts, training_logs
+from merit_hf.report.blocks import decimals
+from merit_hf.report.charts import extremes
+from merit_hf.report.diagnosed import diagnosis_facts
+from merit_hf.report.results import compared_losses, evaluation_facts
+from merit_hf.report.run_folder import RunFolder, read_run
+from merit_hf.report.sections import in_short, merge_facts, plan_facts, provenance_facts, training_facts, training_logs
 from merit_hf.text import public_text
 
 REPORT_NAME = "report.html"

@@ -29,10 +29,10 @@ from merit_hf.hub_write import (
     push_files,
     validate_model_card,
 )
-from merit_hf.licences import merged_licence
 from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, hash_files, parse_manifest, read_manifest
 from merit_hf.plan import LOCAL_NAME, PLAN_NAME, PartitionPlan, canonical_sha256
-from merit_hf.registry import MERGED_NAME, entry_of, is_repo_id
+from merit_hf.sharing.licences import merged_licence
+from merit_hf.sharing.registry import MERGED_NAME, entry_of, is_repo_id
 
 CARD_NAME = "README.md"
 MERGEKIT_CONFIG_NAME = "mergekit_config.yml"
@@ -247,7 +247,7 @@ def _with_repos(manifest: dict[str, Any], plan: PartitionPlan, given: Mapping[in
     """The manifest with every group's repo and commit, each held against what was merged."""
     accepted = {}
     if plan.repo_id is not None:
-        from merit_hf.community import load_registry
+        from merit_hf.sharing.community import load_registry
 
         accepted = load_registry(plan).contributions
     unknown = sorted(set(given) - {group["group"] for group in manifest["groups"]})
@@ -357,8 +357,8 @@ def _announce(
     plan: PartitionPlan, manifest: Mapping[str, Any], repo_id: str, pushed: Pushed, private: bool
 ) -> Publication:
     """Note the merged model in the plan's repo, where that is the user's, and link all of it in a collection."""
-    from merit_hf.community import may_write
     from merit_hf.hub import current_user
+    from merit_hf.sharing.community import may_write
 
     items: list[tuple[str, Literal["model", "dataset"], str]] = [(repo_id, "model", "merged model")]
     items += [(group["repo_id"], "model", f"group {group['group']}") for group in manifest["groups"]]

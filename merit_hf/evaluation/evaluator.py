@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from merit_hf.comparison import Measured
-from merit_hf.generate import greedy_answers, stop_tokens
+from merit_hf.evaluation.comparison import Measured
+from merit_hf.evaluation.generate import greedy_answers, stop_tokens
+from merit_hf.evaluation.held_out import HeldOut
 from merit_hf.gradients import batch_by_tokens
-from merit_hf.held_out import HeldOut
 from merit_hf.manifest import MANIFEST_NAME
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress, Stage

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from merit_hf.checks import Check, compare, shorten
 from merit_hf.config import MeritError
 from merit_hf.data import seed_of
 from merit_hf.gradients import batch_by_tokens, sample_indices
@@ -27,6 +26,7 @@ from merit_hf.sft import (
     loss_sum,
     open_loss,
 )
+from merit_hf.verification.checks import Check, compare, shorten
 
 # Training and saving change these without changing what the weights mean.
 _LOOSE_CONFIG = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merit_hf import charts
-from merit_hf.blocks import (
+from merit_hf.report import charts
+from merit_hf.report.blocks import (
     Cell,
     Table,
     change,
@@ -20,7 +20,7 @@ from merit_hf.blocks import (
     signed,
     text,
 )
-from merit_hf.run_folder import RunFolder
+from merit_hf.report.run_folder import RunFolder
 from merit_hf.text import public_text
 
 # Below this many held-out examples a dataset's numbers say little by themselves.

@@ -25,8 +25,8 @@ from merit_hf.hub import (
 )
 from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, TRAINER_STATE, is_part, parse_manifest, read_manifest
 from merit_hf.plan import PartitionPlan
-from merit_hf.sources import FolderSource, Source
 from merit_hf.text import one_line
+from merit_hf.verification.sources import FolderSource, Source
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merit_hf.checks import Check, failed, manifest_checks, structure_checks
 from merit_hf.config import ConfigError
 from merit_hf.manifest import hash_files, read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
-from merit_hf.sources import ADAPTER_NAME, FolderSource, Source, open_source
+from merit_hf.verification.checks import Check, failed, manifest_checks, structure_checks
+from merit_hf.verification.sources import ADAPTER_NAME, FolderSource, Source, open_source
 
 LEVELS = ("manifest", "weights", "behaviour")
 
@@ -109,8 +109,8 @@ def _fetched(plan: PartitionPlan, result: Verified) -> Verified:
 
 
 def _with_weights(plan: PartitionPlan, results: Sequence[Verified], count: int) -> list[Verified]:
-    from merit_hf.behaviour import side_checks
-    from merit_hf.movement import measure_movement, movement_checks
+    from merit_hf.verification.behaviour import side_checks
+    from merit_hf.verification.movement import measure_movement, movement_checks
 
     sound = [result for result in results if result.ok and result.folder is not None and result.group is not None]
     if not sound:
@@ -135,7 +135,7 @@ def _with_weights(plan: PartitionPlan, results: Sequence[Verified], count: int) 
 
 
 def _with_behaviour(plan: PartitionPlan, result: Verified, progress: Progress | None) -> Verified:
-    from merit_hf.behaviour import loss_check
+    from merit_hf.verification.behaviour import loss_check
 
     if not result.ok or result.folder is None or result.group is None:
         return result

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from merit_hf.align import FLOATS
-from merit_hf.basin import Point
 from merit_hf.checkpoint import TensorInfo
 from merit_hf.config import MeritError
+from merit_hf.diagnosis.basin import Point
 
 _PIECE = 1 << 17  # elements: 1 MB in float64 for each checkpoint
 

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from merit_hf.config import ConfigError, MeritError
-from merit_hf.evaluator import model_identity, write_text
+from merit_hf.evaluation.evaluator import model_identity, write_text
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.sft import build_args, load_model, load_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 from merit_hf.config import MeritError
 from merit_hf.identity import DERIVED_FIELDS, IDENTITY_FIELDS
-from merit_hf.registry import is_commit, is_repo_id
+from merit_hf.sharing.registry import is_commit, is_repo_id
 from merit_hf.text import one_line
 
 # Fields of SFTConfig that are placement and only say how much fits, or how often something is shown or saved.

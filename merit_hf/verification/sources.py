@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from merit_hf.checkpoint import INDEX_NAME, SIDE_FOLDERS, SINGLE_NAME, TensorInfo, read_tensor_index
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import HubFile, fetch_files, list_files, pin_revision, read_file, read_tensor_headers
-from merit_hf.registry import is_repo_id
+from merit_hf.sharing.registry import is_repo_id
 from merit_hf.text import one_line
 
 # As PEFT calls it; `adapters`, which brings torch, is not needed to see that it is there.

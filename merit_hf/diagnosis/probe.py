@@ -15,11 +15,11 @@ import numpy as np
 from trl import SFTConfig
 
 from merit_hf.align import Checkpoint
-from merit_hf.analysis import HeldOut, Pair, Weights
-from merit_hf.basin import Point, Survey, with_mean
 from merit_hf.checkpoint import read_model_config, weights_sha256
-from merit_hf.interpolate import Mover
-from merit_hf.losses import LossRows, RowLosses, Store, float32_settings, read_loss_rows, under_other_prompts
+from merit_hf.diagnosis.analysis import HeldOut, Pair, Weights
+from merit_hf.diagnosis.basin import Point, Survey, with_mean
+from merit_hf.diagnosis.interpolate import Mover
+from merit_hf.diagnosis.losses import LossRows, RowLosses, Store, float32_settings, read_loss_rows, under_other_prompts
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress, Stage
 from merit_hf.sft import build_args, load_model, load_tokenizer, open_loss

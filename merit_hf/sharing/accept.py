@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from merit_hf.checks import failed
-from merit_hf.community import check_free, load_registry, may_write, plan_repo
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import HubUnavailableError, current_user, list_files, read_file
 from merit_hf.hub_write import (
@@ -28,7 +26,8 @@ from merit_hf.hub_write import (
 )
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
-from merit_hf.registry import (
+from merit_hf.sharing.community import check_free, load_registry, may_write, plan_repo
+from merit_hf.sharing.registry import (
     MAX_CLAIM,
     MAX_ENTRY_BYTES,
     Claim,
@@ -40,9 +39,10 @@ from merit_hf.registry import (
     entry_of,
     parse_time,
 )
-from merit_hf.sources import HubSource
 from merit_hf.text import escape_markdown, one_line
-from merit_hf.verify import verify_checkpoints
+from merit_hf.verification.checks import failed
+from merit_hf.verification.sources import HubSource
+from merit_hf.verification.verify import verify_checkpoints
 
 _TRIES = 5
 _OUR_TITLE = re.compile(r"(Claim|Release|Contribute) group \d+", re.ASCII)

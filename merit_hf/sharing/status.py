@@ -12,15 +12,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from merit_hf.checks import failed, manifest_checks
-from merit_hf.community import load_registry
 from merit_hf.config import MeritError
 from merit_hf.hub_write import PullRequest, open_pull_requests
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.plan import PartitionPlan
-from merit_hf.registry import Registry
-from merit_hf.sources import FolderSource
+from merit_hf.sharing.community import load_registry
+from merit_hf.sharing.registry import Registry
 from merit_hf.text import one_line
+from merit_hf.verification.checks import failed, manifest_checks
+from merit_hf.verification.sources import FolderSource
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.plan import PLAN_NAME, PartitionPlan
-from merit_hf.publish import check_repo_id, push_group, push_merged, push_plan
+from merit_hf.sharing.publish import check_repo_id, push_group, push_merged, push_plan
 
 EVALUATION_NAME = "evaluation.json"
 
@@ -61,7 +61,7 @@ def push_directory(
 
 def _plan(plan: PartitionPlan, repo_id: str, private: bool | None, create_pr: bool, with_data: bool) -> Iterator[str]:
     if with_data:
-        from merit_hf.publish_data import publish_data
+        from merit_hf.sharing.publish_data import publish_data
 
         plan = publish_data(plan, repo_id, private)
     pushed = push_plan(plan, repo_id, private, create_pr)

@@ -14,7 +14,6 @@ import os
 import platform
 from datetime import UTC, datetime
 
-from merit_hf.checks import failed
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import current_user, list_files, pin_revision, read_file
 from merit_hf.hub_write import (
@@ -28,7 +27,7 @@ from merit_hf.hub_write import (
 )
 from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, parse_manifest
 from merit_hf.plan import PartitionPlan, canonical_sha256
-from merit_hf.registry import (
+from merit_hf.sharing.registry import (
     MAX_ENTRY_BYTES,
     MERGED_NAME,
     Claim,
@@ -40,8 +39,9 @@ from merit_hf.registry import (
     new_claim,
     read_registry,
 )
-from merit_hf.sources import FolderSource, open_source
-from merit_hf.verify import verify_checkpoints
+from merit_hf.verification.checks import failed
+from merit_hf.verification.sources import FolderSource, open_source
+from merit_hf.verification.verify import verify_checkpoints
 
 _TRIES = 5
 

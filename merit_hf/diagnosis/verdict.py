@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from merit_hf.basin import more_than_chance
-from merit_hf.evidence import (
+from merit_hf.diagnosis.basin import more_than_chance
+from merit_hf.diagnosis.evidence import (
     SENTENCES,
     TOLERANCE,
     above,

@@ -18,11 +18,11 @@ from trl import SFTConfig
 
 from merit_hf.cards import merged_model_card
 from merit_hf.checkpoint import INDEX_NAME, SINGLE_NAME, read_tensor_index
-from merit_hf.comparison import compare, predictions
-from merit_hf.comparison_table import evaluation_table as evaluation_table
 from merit_hf.config import ConfigError, DatasetSection
-from merit_hf.evaluator import Evaluator, write_text
-from merit_hf.held_out import HeldOut, sample_held_out, with_questions
+from merit_hf.evaluation.comparison import compare, predictions
+from merit_hf.evaluation.comparison_table import evaluation_table as evaluation_table
+from merit_hf.evaluation.evaluator import Evaluator, write_text
+from merit_hf.evaluation.held_out import HeldOut, sample_held_out, with_questions
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME
 from merit_hf.mixture import plan_specs, read_mixture

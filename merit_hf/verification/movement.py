@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from merit_hf.checkpoint import TensorInfo, read_tensor_index
-from merit_hf.checks import Check
+from merit_hf.verification.checks import Check
 
 _SLICE = 1 << 22
 # Spacing of the stored dtype relative to a value: what rounding alone may add to a move.

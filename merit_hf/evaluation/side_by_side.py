@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from merit_hf.comparison_table import answer_tables, evaluation_table, evaluation_words, harness_table
 from merit_hf.config import ConfigError, check_metric
-from merit_hf.evaluate import (
+from merit_hf.evaluation.comparison_table import answer_tables, evaluation_table, evaluation_words, harness_table
+from merit_hf.evaluation.evaluate import (
     CACHE_NAME,
     PREDICTIONS_NAME,
     evaluate_models,
@@ -17,7 +17,7 @@ from merit_hf.evaluate import (
     save_evaluation,
     update_card,
 )
-from merit_hf.harness import HarnessCall, run_harness
+from merit_hf.evaluation.harness import HarnessCall, run_harness
 from merit_hf.plan import PartitionPlan
 from merit_hf.summary import label_models, split_label
 

@@ -13,8 +13,15 @@ import numpy as np
 
 from merit_hf.config import ConfigError
 from merit_hf.data import seed_of
-from merit_hf.held_out import HeldOut
-from merit_hf.paired import CONFIDENCE, MIN_EXAMPLES, NUM_RESAMPLES, Difference, mean_difference, paired_difference
+from merit_hf.evaluation.held_out import HeldOut
+from merit_hf.evaluation.paired import (
+    CONFIDENCE,
+    MIN_EXAMPLES,
+    NUM_RESAMPLES,
+    Difference,
+    mean_difference,
+    paired_difference,
+)
 
 SCHEMA_VERSION = 1
 # What the others are held against, where it is there.
