@@ -20,10 +20,18 @@ if TYPE_CHECKING:
 
 # Imported when first used: `merit --help` and reading a config need no torch.
 _WHERE = {
-    "ConfigError": "config", "MeritCallback": "callback", "MeritConfig": "config", "MeritError": "config",
-    "MeritPlanner": "planner", "PartitionPlan": "plan", "evaluate_models": "evaluation.evaluate",
-    "merge_groups": "group_merge", "diagnose": "diagnosis.diagnose", "train_group": "training", "verify_checkpoint": "verification.verify",
-}  # fmt: skip
+    "ConfigError": "config",
+    "MeritCallback": "callback",
+    "MeritConfig": "config",
+    "MeritError": "config",
+    "MeritPlanner": "planner",
+    "PartitionPlan": "plan",
+    "diagnose": "diagnosis.diagnose",
+    "evaluate_models": "evaluation.evaluate",
+    "merge_groups": "group_merge",
+    "train_group": "training",
+    "verify_checkpoint": "verification.verify",
+}
 __all__ = sorted(_WHERE)
 __version__ = "0.1.0"
 
