@@ -172,8 +172,11 @@ def test_the_controls() -> None:
         (0.2, "line_as_good", "the joint model, moved less, does better"),
     ):
         numbers["overall"]["changes"]["mean-line"] = estimate(value)
+        for number, name in enumerate(NAMES):
+            numbers["datasets"][name]["changes"]["mean-line"] = estimate(-1.0 if number < 2 else 0.1 * (number < 5))
         texts = {finding["code"]: finding["text"] for finding in judge(numbers, 1e-4)["findings"]}
         assert said in texts[code]
+        assert "surely lower on 2, higher on 3 of 12 datasets" in texts[code]
     numbers["overall"]["changes"]["merged-mean"] = estimate(0.1)
     numbers["geometry"]["merged_from_mean"] = 0.3
     assert judge(numbers, 1e-4)["status"] == "caution"
