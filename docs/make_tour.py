@@ -113,6 +113,7 @@ def take_screenshots(page_path: Path, folder: Path) -> None:
                 color_scheme="dark" if dark else "light",
                 reduced_motion="reduce",
             )
+            page.set_default_timeout(120_000)
             page.goto(page_path.as_uri())
             page.wait_for_selector("html.drawn")
             if heading is not None:

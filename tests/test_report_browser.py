@@ -24,7 +24,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 
 
 # A slow machine is no failure.
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def opened(browser: Browser, folder: Path, **context: Any) -> tuple[Page, list[s
     """The page once its figures are drawn, and a list that fills with whatever goes wrong in it."""
     context = {"viewport": DESKTOP, **context}
     page = browser.new_context(**context).new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: wrong.append(str(error)))
