@@ -390,7 +390,8 @@ def test_an_honest_one_passes(name: str, seen: Seen) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "more data", "one move a tenth", "more tokens", "pickle in capitals", "code", "tensor missing", "header of wrong types",
+    "more data", "one move a tenth", "more tokens", "pickle in capitals", "code",
+    "tensor missing", "header of wrong types",
     "dtype is a list", "empty file", "overlapping tensors", "half a file", "file swapped after hashing", "custom code",
     "two tokens swapped", "NaN", "the base", "permuted", "base and as much noise", "group 1's weights",
 ])  # fmt: skip
