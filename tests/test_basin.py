@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merit_hf.diagnosis import basin
 from merit_hf.diagnosis.basin import Draws, Point, Survey, between
-from merit_hf.diagnosis.diagnose import basin
 
 NUM_ROWS, DIM = 5, 6
 

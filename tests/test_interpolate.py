@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from merit_hf.align import Checkpoint, align
 from merit_hf.config import MeritError
+from merit_hf.diagnosis import basin
 from merit_hf.diagnosis.basin import Draws, Point, Survey
-from merit_hf.diagnosis.diagnose import basin
 from merit_hf.diagnosis.interpolate import Mover
 
 WEIGHTS = {0: 0.2, 1: 0.3, 2: 0.5}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from merit_hf.diagnosis import basin
 from merit_hf.diagnosis.basin import Draws, Point, Survey
-from merit_hf.diagnosis.diagnose import basin
 
 NUM_TENSORS = 20
 _LAYER = re.compile(r"(?:^|\.)((?:layers?|h|blocks?)\.\d+)\.")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from merit_hf.report import charts
 from merit_hf.report.blocks import Cell, Table, change, count, decimals, estimate, group_cell, listed, number, text
-from merit_hf.report.page import charts
 from merit_hf.report.run_folder import RunFolder
 from merit_hf.text import public_text
 

@@ -10,8 +10,8 @@ import yaml
 
 from merit_hf.cards import how_split, merge_command
 from merit_hf.plan import PartitionPlan
+from merit_hf.report import charts
 from merit_hf.report.blocks import Cell, Table, count, decimals, group_cell, listed, number, plural, text
-from merit_hf.report.page import charts
 from merit_hf.report.run_folder import RunFolder, TrainedModel
 from merit_hf.report.words import cosine_sentence, verdict_sentence
 from merit_hf.text import hide_local_paths, public_text
