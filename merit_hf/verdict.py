@@ -220,7 +220,7 @@ def _control_findings(content: Mapping[str, Any]) -> list[Finding]:
         each = [entry["changes"]["mean-line"] for entry in content["datasets"].values()]
         # A mean over datasets may be one dataset's doing.
         what = (
-            f"a point on the line from the base to the joint model, as far from the base ({signed(line)}; surely lower "
+            f"a point on the line from base to joint model, as far from the base ({signed(line)}; surely lower "
             f"on {sum(map(below, each))}, higher on {sum(map(above, each))} of {count(each, 'dataset')})"
         )
         if below(line):
