@@ -220,8 +220,8 @@ def _control_findings(content: Mapping[str, Any]) -> list[Finding]:
         each = [entry["changes"]["mean-line"] for entry in content["datasets"].values()]
         # A mean over datasets may be one dataset's doing.
         what = (
-            f"a point on the line from the base to the joint model, as far from the base ({signed(line)}; surely "
-            f"lower on {sum(map(below, each))}, higher on {sum(map(above, each))} of {count(each, 'dataset')})"
+            f"a point on the line from base to joint model, as far from the base ({signed(line)}; surely lower "
+            f"on {sum(map(below, each))}, higher on {sum(map(above, each))} of {count(each, 'dataset')})"
         )
         if below(line):
             findings.append(Finding("better_than_line", NOTE, f"The mean beats {what}."))
