@@ -12,9 +12,9 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merging import assert_nearest, load, needs_mergekit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_merge import assert_nearest, load, needs_mergekit
 from tiny import make_adapter, make_base
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
