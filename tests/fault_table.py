@@ -79,7 +79,7 @@ OPERATIONS = [
               {ASK: ("GET", "/api/models/"), DOWNLOAD: LFS_GET}, "remade"),
     Operation("push plan", "alice", "data", ("push", "plan", "org/plan-again"),
               {ASK: ("GET", "/api/datasets/org/plan-again"), UPLOAD: LFS_PUT, WRITE: COMMIT}),
-    Operation("push group", "bob", "groups", ("push", "group-1", "bob/again"), {UPLOAD: LFS_PUT, WRITE: COMMIT}),
+    Operation("push group", "bob", "data", ("push", "group-1", "bob/again"), {UPLOAD: LFS_PUT, WRITE: COMMIT}),
     Operation("push merged", "alice", "accepted", ("push", "merged", "org/merged"),
               {ASK: ("GET", "/api/models/"), DOWNLOAD: ("GET", "/resolve/.*/plan.json"), UPLOAD: LFS_PUT,
                WRITE: COMMIT, AFTER: ("POST", "/api/collections")}),

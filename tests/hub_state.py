@@ -53,9 +53,15 @@ def restore(hub: HubServer, snapshot: Snapshot) -> None:
         for name, target in snapshot.refs[key].items():
             repo.git.references.create(name, target, force=True)
         repo.discussions[:] = copy.deepcopy(snapshot.discussions[key])
-    for path in (hub.hub.root / "lfs").iterdir():
+    # Put away, not removed: another snapshot may hold it.
+    here, away = hub.hub.root / "lfs", hub.hub.root / "lfs-away"
+    away.mkdir(exist_ok=True)
+    for path in here.iterdir():
         if path.name not in snapshot.lfs:
-            path.unlink()
+            path.replace(away / path.name)
+    for name in snapshot.lfs:
+        if not (here / name).exists():
+            (away / name).replace(here / name)
     hub.hub.collections.clear()
     hub.hub.collections.update(copy.deepcopy(snapshot.collections))
 

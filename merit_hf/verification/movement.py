@@ -29,6 +29,8 @@ _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_np
 _FACTOR = 10.0
 # Shares of single tensors agree more closely: within 0.6 and 1.3 over the quickstart's groups of SmolLM2-135M.
 _TENSOR_FACTOR = 3.0
+# A tensor with less of the move than this is too small to judge: under SGD it follows its gradient alone.
+_SMALL = 0.005
 # A random direction has |cosine| below 5/√n with probability 1 − 6e-7.
 _DIRECTION = 5.0
 # With fewer elements, honest groups cannot be told from chance: it reaches cosines of 0.05 and more.
@@ -112,10 +114,11 @@ def movement_checks(movement: Movement, k: int, sft: Mapping[str, Any], steps: S
     if others:
         checks += [
             _displacement(movement, k, others, steps),
-            _shape(movement, k, others),
+            _shape(movement, k, others, _FACTOR if bound is None else _TENSOR_FACTOR),
             _own(movement, k, others),
         ]
-        if movement.sizes.sum() >= _ENOUGH:
+        # Under other optimizers a few tensors make the move, and honest groups may be as far apart as chance.
+        if bound is not None and movement.sizes.sum() >= _ENOUGH:
             checks.append(_turned(movement, k, others))
     return checks
 
@@ -175,19 +178,18 @@ def _displacement(movement: Movement, k: int, others: Sequence[int], steps: Sequ
     return Check("displacement", wanted, f"{norms[k]:.4g}", 1 / factor <= ratio <= factor)
 
 
-def _shape(movement: Movement, k: int, others: Sequence[int]) -> Check:
+def _shape(movement: Movement, k: int, others: Sequence[int], factor: float) -> Check:
     """Tensor by tensor, as a share of the whole move: one that was exchanged stands out, one that was left, too."""
     norms = np.sqrt(movement.squares.sum(axis=1))
     share = np.sqrt(movement.squares[k]) / norms[k]
     typical = np.median([np.sqrt(movement.squares[j]) / norms[j] for j in others], axis=0)
-    floor = 1e-3 * np.sqrt(movement.sizes / movement.sizes.sum())
-    ratio = np.maximum(share, floor) / np.maximum(typical, floor)
+    ratio = np.maximum(share, _SMALL) / np.maximum(typical, _SMALL)
     worst = int(np.abs(np.log(ratio)).argmax())
     return Check(
         "displacement by tensor",
-        f"within a factor {_TENSOR_FACTOR:g} of the other groups' shares",
+        f"within a factor {factor:g} of the other groups' shares",
         f"{movement.names[worst]}: {share[worst]:.3g} of the move, others {typical[worst]:.3g}",
-        bool(1 / _TENSOR_FACTOR <= ratio[worst] <= _TENSOR_FACTOR),
+        bool(1 / factor <= ratio[worst] <= factor),
     )
 
 
