@@ -219,6 +219,7 @@ def evaluate(
         bool, typer.Option("--apply-chat-template", help="Ask the harness's questions in the plan's chat template.")
     ] = False,
     card: Annotated[bool, typer.Option("--card", help="Write the numbers into the merged model's card.")] = False,
+    data: Data = None,
     debug: Debug = False,
 ) -> None:
     """Base and models side by side on every dataset: loss, score and length of their answers.
@@ -236,6 +237,7 @@ def evaluate(
             num_fewshot=num_fewshot, limit=limit, apply_chat_template=apply_chat_template,
         )  # fmt: skip
         loaded = PartitionPlan.from_pretrained(plan)
+        loaded.supply(dict(named_values(data, "--data")))
         evaluate_side_by_side(
             loaded, models, checkpoint_folder, output, say, num_samples=num_samples, generate=generate,
             max_new_tokens=max_new_tokens, metrics=metric or (), tokens_per_batch=tokens_per_batch,
@@ -261,6 +263,7 @@ def diagnose(
     forward_only: Annotated[
         bool, typer.Option("--forward-only", help="No gradients: half the memory, no curvature of single layers.")
     ] = False,
+    data: Data = None,
     debug: Debug = False,
 ) -> None:
     """Say why the merged model is as it is: one basin or not, which group is at fault, and the remedy."""
@@ -270,8 +273,10 @@ def diagnose(
         from merit_hf.diagnosis.wording import diagnosis_lines
         from merit_hf.plan import PartitionPlan
 
+        loaded = PartitionPlan.from_pretrained(plan)
+        loaded.supply(dict(named_values(data, "--data")))
         content = diagnose(
-            PartitionPlan.from_pretrained(plan), [checkpoint_folder(text) for text in checkpoints or ()], output,
+            loaded, [checkpoint_folder(text) for text in checkpoints or ()], output,
             merged=checkpoint_folder(merged) if merged else None, joint=checkpoint_folder(joint) if joint else None,
             num_samples=num_samples, epsilons=epsilon or (0.25, 0.5, 1.0), path_points=path_points,
             forward_only=forward_only,

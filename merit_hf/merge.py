@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from merit_hf.align import FLOATS, align
 from merit_hf.average import Average, dtype_name
 from merit_hf.checkpoint import ShardWriter, TensorInfo, atomic_folder, read_model_config, side_files
 from merit_hf.config import ConfigError, check_merge_method
+from merit_hf.hub import repo_of_snapshot
 from merit_hf.mergekit_engine import LINEAR, MethodUse, check_method, mergekit_config, run_mergekit
 
 MERGEKIT_CONFIG_NAME = "mergekit_config.yml"
@@ -173,8 +173,8 @@ def merge_into(
 
 def model_reference(folder: Path) -> str:
     """`org/name@sha` of a snapshot in the Hub's cache, else the absolute path."""
-    found = re.fullmatch(r".*/models--(.+)/snapshots/([0-9a-f]{40})", folder.as_posix())
-    return f"{found[1].replace('--', '/')}@{found[2]}" if found else str(folder)
+    found = repo_of_snapshot(folder)
+    return f"{found[0]}@{found[1]}" if found else str(folder)
 
 
 def normalised_weights(folders: Sequence[Path], weights: Sequence[float]) -> list[float]:

@@ -31,6 +31,7 @@ from trl import SFTConfig, SFTTrainer
 
 from merit_hf.adapters import add_adapter, is_adapter, load_adapter
 from merit_hf.config import ConfigError, MeritError
+from merit_hf.hub import repo_of_snapshot
 from merit_hf.identity import BATCH_FIELDS as BATCH_FIELDS
 from merit_hf.identity import IDENTITY_FIELDS as IDENTITY_FIELDS
 
@@ -153,7 +154,7 @@ def load_model(
     kwargs = _init_kwargs(args)
     kwargs.setdefault("dtype", torch.float32)
     # Left open, transformers would ask on the terminal.
-    kwargs.setdefault("trust_remote_code", False)
+    kwargs["trust_remote_code"] = _trusts(Path(folder), kwargs.get("trust_remote_code"))
     load = _load_quantized if kwargs.get("quantization_config") is not None else _load
     model = load(folder, kwargs)
     return model if peft is None else add_adapter(model, peft, SFTConfig.seed if args is None else args.seed)
@@ -173,6 +174,20 @@ def check_trainable(args: SFTConfig, peft: Mapping[str, Any] | None) -> None:
     """Raises ConfigError where a quantised base is to be trained itself."""
     if peft is None and _init_kwargs(args).get("quantization_config") is not None:
         raise ConfigError(f"{_QUANTIZATION}: quantised weights cannot be trained. Add `peft:` to train an adapter.")
+
+
+def _trusts(folder: Path, named: object) -> bool:
+    """`trust_remote_code` names the repo or folder whose code may run: a bare `true` would hold for anybody's."""
+    if named in (None, False):
+        return False
+    found = repo_of_snapshot(folder.resolve())
+    place = found[0] if found else str(folder)
+    if named == place or (found is None and isinstance(named, str) and Path(named).resolve() == folder.resolve()):
+        return True
+    raise ConfigError(
+        f"sft.model_init_kwargs.trust_remote_code={named!r}: name whose code may run, after you have read it: "
+        f"trust_remote_code: {place}."
+    )
 
 
 def _init_kwargs(args: SFTConfig | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from merit_hf.cards import plan_dataset_card, validate_card
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.identity import DERIVED_FIELDS, IDENTITY_FIELDS
 from merit_hf.plan import PartitionPlan
+from merit_hf.sft import build_args, load_model
 from merit_hf.sharing.accept import Decision, _comment
 from merit_hf.sharing.untrusted import SAFE_PLACEMENT, check_pinned, vet_plan
 from merit_hf.verification.checks import shorten
@@ -238,3 +239,11 @@ def test_a_plan_of_nonsense_is_one_line(raw: bytes, tiny_plan: PartitionPlan, tm
     (folder / "plan.json").write_bytes(raw)
     with pytest.raises(MeritError):
         PartitionPlan.from_pretrained(folder)
+
+
+def test_foreign_code_runs_for_a_named_repo_only(base_dir: Path) -> None:
+    """`true` would hold for whatever base a plan names."""
+    for named in (True, "org/other", 1):
+        with pytest.raises(ConfigError, match="name whose code may run"):
+            load_model(base_dir, build_args({"model_init_kwargs": {"trust_remote_code": named}}))
+    load_model(base_dir, build_args({"model_init_kwargs": {"trust_remote_code": str(base_dir)}}))

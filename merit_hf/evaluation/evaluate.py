@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from merit_hf.cards import merged_model_card
+from merit_hf.cards import EVALUATION_FIGURE, merged_model_card
 from merit_hf.checkpoint import INDEX_NAME, SINGLE_NAME, read_tensor_index
 from merit_hf.config import ConfigError, DatasetSection
 from merit_hf.evaluation.comparison import compare, predictions
@@ -99,7 +99,9 @@ def save_evaluation(evaluation: dict[str, Any], folder: Path) -> Path:
 def update_card(plan: PartitionPlan, merged: Path, evaluation: Mapping[str, Any]) -> None:
     """Write a merged model's card again, with these numbers in it. No file that merit.json hashes is touched."""
     recipe = (merged / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8")
-    write_text(merged / "README.md", merged_model_card(plan, read_manifest(merged), recipe, evaluation))
+    picture = EVALUATION_FIGURE if (merged / EVALUATION_FIGURE).is_file() else None
+    card = merged_model_card(plan, read_manifest(merged), recipe, evaluation, picture=picture)
+    write_text(merged / "README.md", card)
 
 
 def merged_models(plan: PartitionPlan, models: Mapping[str, Path]) -> list[Path]:
