@@ -44,7 +44,7 @@ def merged_licence(base: str | None, parts: Collection[str | None]) -> str:
     if None in found:
         raise ConfigError(
             f"the licence of the merged model is not clear: its base or some of its data state none (stated: "
-            f"{stated}). Decide it with --license ID."
+            f"{stated}). Decide it with --license ID (hub.license in CONFIG)."
         )
     demanding = {licence for licence in found if licence is not None and licence not in PERMISSIVE}
     if not demanding:
