@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
 import shutil
@@ -234,6 +235,8 @@ def read_file(repo_id: str, revision: str, repo_type: str, file: HubFile, max_by
         raise HubUnavailableError(f"{file.path} of `{repo_id}` arrived damaged twice. Run the command again.")
 
 
+# A commit does not change, and verification asks for the base's headers once a checkpoint.
+@functools.lru_cache(maxsize=1024)
 def _read_header(repo_id: str, revision: str, file: str) -> dict[str, TensorInfo]:
     with hub_errors(f"reading the header of {file} in `{repo_id}`"):
         header = HfApi().parse_safetensors_file_metadata(repo_id, file, revision=revision)

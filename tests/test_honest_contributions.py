@@ -98,7 +98,7 @@ def test_a_move_the_wrong_way_passes_the_weights_and_fails_the_loss(tmp_path: Pa
     honest = [train_group(plan, k, tmp_path / str(k), progress=QUIET) for k in range(4)]
     forged = Path(shutil.copytree(honest[1], tmp_path / "forged"))
     base, trained = load_file(plan.base_folder() / "model.safetensors"), load_file(forged / "model.safetensors")
-    turned = {name: (2 * base[name].float() - trained[name].float()) for name in trained}
+    turned = {name: 2 * base[name].float() - trained[name].float() for name in trained}
     save_file(turned, forged / "model.safetensors", {"format": "pt"})
     manifest = json.loads((forged / "merit.json").read_text())
     (forged / "merit.json").write_text(json.dumps({**manifest, "files": hash_files(forged)}))

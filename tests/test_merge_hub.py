@@ -44,6 +44,9 @@ def sharded(folder: Path, seed: int, size: str) -> Path:
     return folder
 
 
+HEADER = "bytes=0-100000"
+
+
 @pytest.mark.slow
 def test_every_shard_is_fetched_once(hub: HubServer, tmp_path: Path) -> None:
     base = sharded(tmp_path / "base", 9, "15KB")
@@ -73,7 +76,8 @@ def test_every_shard_is_fetched_once(hub: HubServer, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shards = [path for folder in (base, *groups) for path in folder.glob("*.safetensors")]
     size = {hashlib.sha256(path.read_bytes()).hexdigest(): path.stat().st_size for path in shards}
-    got = [e for e in hub.exchanges if e.method == "GET" and e.path.startswith("/lfs/")]
+    # Before a checkpoint is downloaded, its headers are: by ranges.
+    got = [e for e in hub.exchanges if e.method == "GET" and e.path.startswith("/lfs/") and e.range != HEADER]
     assert Counter(e.path.removeprefix("/lfs/") for e in got) == dict.fromkeys(size, 1)
     assert sum(e.num_bytes for e in got) == sum(size.values())
     for name in ("tokens", "uniform"):

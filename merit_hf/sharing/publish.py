@@ -310,18 +310,15 @@ def _public_recipe(folder: Path, manifest: Mapping[str, Any]) -> str:
     if len(recipe["models"]) != len(repos):
         raise MeritError(f"{folder / MERGEKIT_CONFIG_NAME}: {len(recipe['models'])} models, merged were {len(repos)}.")
     base = manifest["base"]
-    origin = recipe["base_model"]
+    # Methods that start from θ0 name it, the others one of their models.
+    origin, start = recipe["base_model"], None
     for model, repo in zip(recipe["models"], repos, strict=True):
         old = model["model"]
-        if isinstance(old, dict) and "lora" in old:
-            model["model"] = {"model": _base_reference(base), "lora": _long_form(repo)}
-        else:
-            model["model"] = repo
+        lora = isinstance(old, dict) and "lora" in old
+        model["model"] = {"model": _base_reference(base), "lora": _long_form(repo)} if lora else repo
         if old == origin:
-            recipe["base_model"] = json.loads(json.dumps(model["model"]))
-    if recipe["base_model"] == origin:
-        # Methods that start from θ0 name it, not one of the groups.
-        recipe["base_model"] = _base_reference(base)
+            start = json.loads(json.dumps(model["model"]))
+    recipe["base_model"] = {"model": _base_reference(base)} if start is None else start
     return str(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000))
 
 
