@@ -33,8 +33,8 @@ _TENSOR_FACTOR = 3.0
 _SMALL = 0.005
 # A random direction has |cosine| below 5/√n with probability 1 − 6e-7.
 _DIRECTION = 5.0
-# Small models are judged by chance: honest groups of 30,000 parameters were seen at a cosine of 0.01, where noise reaches
-# 0.03. Those of SmolLM2-135M are at 0.04 to 0.13, where it reaches 0.0004.
+# Small models are judged by chance: honest groups of 30,000 parameters were seen at a cosine of 0.01, where noise
+# reaches 0.03. Those of SmolLM2-135M are at 0.04 to 0.13, where it reaches 0.0004.
 _ENOUGH = 1_000_000
 # Honest groups of SmolLM2-135M have cosines up to 0.13; a copy with noise a seventh as long as its move has 0.99.
 _SAME = 0.99
