@@ -12,7 +12,7 @@ import yaml
 from hub_server import HubServer
 from tiny import as_chat, make_base, task_rows, write_jsonl
 
-from merit_hf.manifest import read_manifest
+from merit_hf.manifest import hash_files, read_manifest, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +126,39 @@ def test_a_busy_hub_delays_a_push(hub: HubServer, tmp_path: Path) -> None:
     hub.heal()
     assert done.returncode == 0, done.stderr
     assert hub.api("alice").repo_info("org/busy", repo_type="dataset").private is True
+
+
+@pytest.mark.slow
+def test_a_lora_group_is_contributed_and_merged(hub: HubServer, tmp_path: Path) -> None:
+    """An adapter is verified from its headers, then by its weights and its behaviour, like a whole checkpoint."""
+    config = yaml.safe_load(write_config(tmp_path).read_text())
+    config["peft"] = {"r": 4, "target_modules": "all-linear"}
+    config["sft"] |= {"learning_rate": 5e-3, "num_train_epochs": 8}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(config))
+
+    def run(*arguments: str, user: str = "alice", code: int = 0) -> str:
+        done = merit(hub, tmp_path, *arguments, user=user)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    run("plan", "mixture.yaml", "--output", "lora/plan")
+    run("push", "lora/plan", "org/lora")
+    for number, user in ((0, "alice"), (1, "bob")):
+        run("train", "org/lora", "--group", str(number), "--output", f"lora-{number}", user=user)
+        run("push", f"lora-{number}", f"{user}/lora-{number}", user=user)
+        run("contribute", "org/lora", f"{user}/lora-{number}", user=user)
+    assert "2 pull requests decided" in run("accept", "org/lora")
+    assert '"verified": "behaviour"' in run("status", "org/lora", "--json")
+    run("merge", "org/lora", "--output", "lora-merged")
+    run("push", "lora-merged", "org/lora-merged", "--license", "mit")
+    recipe = hub.api("bob").hf_hub_download("org/lora-merged", "mergekit_config.yml", cache_dir=tmp_path / "cache")
+    assert "bob/lora-1" in Path(recipe).read_text()
+
+    # Another rank under the same manifest is refused before its weights are read.
+    other = tmp_path / "lora-1/adapter_config.json"
+    other.write_text(other.read_text().replace('"r": 4', '"r": 8'))
+    manifest = read_manifest(tmp_path / "lora-1")
+    write_manifest(tmp_path / "lora-1", {**manifest, "files": hash_files(tmp_path / "lora-1")})
+    run("push", "lora-1", "bob/lora-1", user="bob")
+    said = run("verify", "org/lora", "bob/lora-1", "--level", "manifest", code=1)
+    assert "FAILED bob/lora-1: adapter settings" in said
