@@ -44,9 +44,11 @@ def _without_siblings(module: str) -> Iterator[ModuleType]:
     Import one module of a package without running the `__init__` of the packages around it.
 
     `import reasoning_gym` imports all of its hundred tasks, and with them packages that are compiled on installation;
-    the tasks used here need none of those. What was imported is taken out of `sys.modules` again on leaving.
+    the tasks used here need none of those. What was imported is taken out of `sys.modules` again on leaving, and what
+    somebody else has imported of the package, perhaps in part, is set aside meanwhile.
     """
-    package, already = module.partition(".")[0], set(sys.modules)
+    package = module.partition(".")[0]
+    aside = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == package}
     try:
         for depth in range(module.count("."), 0, -1):
             name = module.rsplit(".", depth)[0]
@@ -56,9 +58,10 @@ def _without_siblings(module: str) -> Iterator[ModuleType]:
             sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
         yield importlib.import_module(module)
     finally:
-        for name in set(sys.modules) - already:
+        for name in list(sys.modules):
             if name.partition(".")[0] == package:
                 del sys.modules[name]
+        sys.modules.update(aside)
 
 
 def _reasoning_gym(module: str, task: str, **options: int) -> Callable[[int, Random], Pairs]:
