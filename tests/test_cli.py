@@ -124,7 +124,7 @@ def test_verify_prints_a_line_a_check(road: Path, tmp_path: Path) -> None:
     output = succeed("verify", road / "plan", *groups)
     for group in groups:
         lines = [line for line in output.splitlines() if f" {group}: " in line]
-        assert len(lines) == 27
+        assert len(lines) == 26
         assert all(line.startswith("ok ") for line in lines)
         assert any(": num_input_tokens: expected " in line for line in lines)
     assert "2 of 2 checkpoints verify" in output
