@@ -310,9 +310,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(argv)
     with exit_on_error(options.debug):
         plan = PartitionPlan.from_pretrained(options.plan)
-        plan.supply(dict(text.split("=", 1) for text in options.data if "=" in text))
+        plan.supply(parse_places(options.data))
         placement = parse_placement(options.placement)
         train_group(plan, options.group, options.output, placement, options.num_processes)
+
+
+def parse_places(texts: Sequence[str]) -> dict[str, str | Path]:
+    """`NAME=PATH` arguments of --data. Raises ConfigError where one has another form."""
+    for text in texts:
+        if not all(text.partition("=")):
+            raise ConfigError(f"--data {text}: expected NAME=PATH.")
+    return {text.partition("=")[0]: text.partition("=")[2] for text in texts}
 
 
 def parse_placement(texts: Sequence[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.manifest import read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
-from merit_hf.training import last_checkpoint, parse_placement, train_group
+from merit_hf.training import last_checkpoint, parse_placement, parse_places, train_group
 from merit_hf.verification.checks import failed
 from merit_hf.verification.verify import verify_checkpoint
 
@@ -271,3 +271,10 @@ def test_the_newest_complete_checkpoint_is_resumed(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-14").mkdir()
     (tmp_path / "checkpoint-14" / "trainer_state.json").write_text('{"global_step": 1')
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize("text", ["copy", "copy=", "=data/copy.jsonl"])
+def test_a_place_of_data_without_name_or_path_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected NAME=PATH"):
+        parse_places([text])
+    assert parse_places(["copy=a=b.jsonl"]) == {"copy": "a=b.jsonl"}
