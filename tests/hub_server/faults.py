@@ -17,7 +17,7 @@ class Fault:
     """What happens to the next `times` requests whose method and path match.
 
     - `status`: answered with `status` (and `retry_after`, in seconds) instead of being handled
-    - `slow`: handled after `seconds`
+    - `slow`: handled after `seconds`, unless the client has gone by then
     - `drop_request`: the connection breaks when half of the request's body has arrived; nothing is done
     - `drop_response`: the connection breaks halfway through the answer's body
     - `lose_response`: the request is carried out, then the connection breaks before any answer
@@ -86,7 +86,8 @@ class FaultLayer:
             await response(scope, receive, answer)
         else:
             await asyncio.sleep(fault.seconds if fault is not None else 0)
-            await self.app(scope, receive, answer)
+            if not scope["state"]["transport"].is_closing():
+                await self.app(scope, receive, answer)
 
 
 async def read_body(receive: Receive, limit: int | None = None) -> None:
