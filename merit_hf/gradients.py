@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
 import torch
 from trl import SFTTrainer
 
+from merit_hf import sharded
 from merit_hf.config import MeritError
+from merit_hf.loss import loss_sum, recomputing
 from merit_hf.readouts import GradientReadout
-from merit_hf.sft import collate, loss_sum
+from merit_hf.sft import collate
 from merit_hf.sketch import Sketch
 
 
@@ -46,61 +50,115 @@ def trained_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Param
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+@dataclass(frozen=True)
+class GradientSettings:
+    """How the passes are run; none of it changes the gradient beyond rounding.
+
+    Attributes:
+        tokens_per_batch: largest micro-batch, padding included, in tokens.
+        low_memory: read every parameter's gradient out and free it as soon as it is there, so that never more than one
+            is held. It is read out once a micro-batch instead of once a dataset.
+        gradient_checkpointing: keep the layers' inputs only, and run each layer again for the backward pass.
+    """
+
+    tokens_per_batch: int = 2048
+    low_memory: bool = False
+    gradient_checkpointing: bool = False
+
+
 def dataset_gradient(
     trainer: SFTTrainer,
     rows: datasets.Dataset,
     sketch: Sketch,
     reduction: str = "token_mean",
-    tokens_per_batch: int = 2048,
+    settings: GradientSettings = GradientSettings(),
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> GradientReadout:
     """The read-out of the mean gradient over tokenised `rows`; independent of batching and padding.
 
     `token_mean`: Σ loss over all rows ÷ number of loss tokens. `example_mean`: mean over rows of a row's own token
-    mean, for which every row is a batch. `on_batch` is told the tokens of each finished batch.
+    mean, for which every row is a batch. `on_batch` is told the tokens of each finished batch. Where the model is
+    sharded over processes, each runs its part of the batches, and all return the same.
 
     Raises:
         MeritError: no row has a loss token, or the gradient is not finite.
     """
     lengths = [len(ids) for ids in rows["input_ids"]]
     by_example = reduction == "example_mean"
+    tokens_per_batch = settings.tokens_per_batch
     batches = [[i] for i in range(len(rows))] if by_example else batch_by_tokens(lengths, tokens_per_batch)
     model = trained_model(trainer)
-    model.zero_grad(set_to_none=True)
     total_loss, num_loss_tokens, num_terms = 0.0, 0, 0
-    for indices in batches:
-        batch = collate(trainer, rows, indices)
-        loss_tokens = int((batch["labels"][:, 1:] != -100).sum())
-        if loss_tokens:
-            loss = loss_sum(trainer, batch)
-            if by_example:
-                loss = loss / loss_tokens
-            loss.backward()
-            total_loss += float(loss.detach())
-        num_loss_tokens += loss_tokens
-        num_terms += (1 if by_example else loss_tokens) if loss_tokens else 0
-        on_batch(sum(lengths[i] for i in indices))
+    with _reading(model, sketch, settings) as reader:
+        for indices, counts in sharded.share_of(model, batches):
+            batch = collate(trainer, rows, indices)
+            if not counts:
+                batch["labels"].fill_(-100)
+            loss_tokens = int((batch["labels"][:, 1:] != -100).sum())
+            if loss_tokens or not counts:
+                loss = loss_sum(trainer, batch)
+                if by_example:
+                    loss = loss / max(1, loss_tokens)
+                loss.backward()
+                total_loss += float(loss.detach())
+            num_loss_tokens += loss_tokens
+            num_terms += (1 if by_example else loss_tokens) if loss_tokens else 0
+            on_batch(sum(lengths[i] for i in indices) if counts else 0)
+        vector, square = reader.finish()
+    vector, (square, total_loss, num_loss_tokens, num_terms) = sharded.summed(
+        model, vector, [square, total_loss, num_loss_tokens, num_terms]
+    )
     if not num_terms:
         raise MeritError("none of the sampled examples has a loss token, so there is no gradient.")
-    vector, norm = read_out(model, sketch, 1.0 / num_terms)
-    model.zero_grad(set_to_none=True)
+    sketched = (vector / num_terms).cpu().numpy()
+    # Micro-batches whose gradients are gone by the end leave the norm to the read-out, which keeps it on average.
+    norm = sketch.norm(sketched) if settings.low_memory else square**0.5 / num_terms
     if not np.isfinite(norm):
         raise MeritError(
             f"the gradient at the base is not finite (norm {norm}); its loss is {total_loss / num_terms}."
         )
     return GradientReadout(
-        vector.cpu().numpy(), norm, total_loss / num_terms, len(rows), sum(lengths), num_loss_tokens, len(batches)
+        sketched, norm, total_loss / num_terms, len(rows), sum(lengths), int(num_loss_tokens), len(batches)
     )
 
 
-def read_out(model: torch.nn.Module, sketch: Sketch, scale: float) -> tuple[torch.Tensor, float]:
-    """Sketch of `scale` × the accumulated `.grad` of every trained parameter, and the norm of that gradient."""
-    parameters = trained_parameters(model)
-    vector = torch.zeros(sketch.dim, dtype=torch.float32, device=parameters[0][1].device)
-    square = 0.0
-    for name, parameter in parameters:
+class _Reader:
+    """Reads the gradients of a model out: at the end, or each as it comes."""
+
+    def __init__(self, model: torch.nn.Module, sketch: Sketch) -> None:
+        self._sketch, self._parameters = sketch, trained_parameters(model)
+        self._vector = torch.zeros(sketch.dim, dtype=torch.float32, device=self._parameters[0][1].device)
+        self._square = 0.0
+
+    def take(self, name: str, parameter: torch.nn.Parameter) -> None:
+        """Read one gradient out and free it."""
         if parameter.grad is None:
-            continue
-        sketch.add(vector, name, parameter.grad)
-        square += float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)) ** 2
-    return vector * scale, square**0.5 * scale
+            return
+        gradient, offset = sharded.local_part(parameter.grad)
+        self._sketch.add(self._vector, name, gradient, offset)
+        self._square += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        parameter.grad = None
+
+    def take_each(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        for name, parameter in self._parameters:
+            yield parameter.register_post_accumulate_grad_hook(lambda p, name=name: self.take(name, p))
+
+    def finish(self) -> tuple[torch.Tensor, float]:
+        """The read-out of the sum, float32 [dim], and the square of its norm (of its parts', where taken in parts)."""
+        for name, parameter in self._parameters:
+            self.take(name, parameter)
+        return self._vector, self._square
+
+
+@contextlib.contextmanager
+def _reading(model: torch.nn.Module, sketch: Sketch, settings: GradientSettings) -> Iterator[_Reader]:
+    model.zero_grad(set_to_none=True)
+    reader = _Reader(model, sketch)
+    handles = list(reader.take_each()) if settings.low_memory else []
+    try:
+        with recomputing(model) if settings.gradient_checkpointing else contextlib.nullcontext():
+            yield reader
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.zero_grad(set_to_none=True)

@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from merit_hf.config import ConfigError, MeritError, PlanSection
 from merit_hf.data import format_digest, seed_of
-from merit_hf.gradients import dataset_gradient, sample_indices, trained_parameters
+from merit_hf.gradients import GradientSettings, dataset_gradient, sample_indices, trained_parameters
 from merit_hf.mixture import PreparedDataset
 from merit_hf.plan import canonical_sha256
 from merit_hf.progress import Progress
@@ -90,7 +90,7 @@ def measure_gradients(
             try:
                 with open_loss(model, tokenizer, args, job.rows) as trainer:
                     readout = dataset_gradient(
-                        trainer, job.rows, sketch, section.reduction, section.tokens_per_batch, stage.advance
+                        trainer, job.rows, sketch, section.reduction, GradientSettings(section.tokens_per_batch), stage.advance
                     )
             except MeritError as error:
                 raise MeritError(f"dataset `{job.name}`: {error}") from error

@@ -10,10 +10,13 @@ import hashlib
 from collections.abc import Iterable
 from typing import Protocol
 
+import numpy as np
 import torch
 
 # Entries hashed at a time: small enough for the temporaries to stay in a core's cache.
 _CHUNK = 1 << 18
+# On an accelerator starting an operation costs more than memory does.
+_DEVICE_CHUNK = 1 << 24
 
 
 class Sketch(Protocol):
@@ -23,6 +26,9 @@ class Sketch(Protocol):
 
     def add(self, out: torch.Tensor, name: str, gradient: torch.Tensor, offset: int = 0) -> None:
         """Add the read-out of entries `offset …` of parameter `name` (flattened) to `out` in place."""
+
+    def norm(self, vector: np.ndarray) -> float:
+        """‖g‖₂ as far as the read-out `vector` of g tells: exact for `exact`, right on average for the others."""
 
 
 def make_sketch(kind: str, parameters: Iterable[tuple[str, int]], dim: int, stride: int, seed: int) -> Sketch:
@@ -54,14 +60,18 @@ class CountSketch:
     def add(self, out: torch.Tensor, name: str, gradient: torch.Tensor, offset: int = 0) -> None:
         flat = gradient.reshape(-1)
         keys = _name_keys(self.seed, name)
+        chunk = _CHUNK if flat.device.type == "cpu" else _DEVICE_CHUNK
         start = 0
         while start < flat.numel():
             # A chunk never crosses a multiple of 2³¹, where the hash takes up the index's high bits.
-            stop = min(start + _CHUNK, flat.numel(), ((offset + start >> 31) + 1 << 31) - offset)
+            stop = min(start + chunk, flat.numel(), ((offset + start >> 31) + 1 << 31) - offset)
             piece = flat[start:stop].to(torch.float32)
             bucket, negative = _hash(offset + start, piece.numel(), keys, self.dim, flat.device)
             out.index_add_(0, bucket, torch.where(negative, -piece, piece))
             start = stop
+
+    def norm(self, vector: np.ndarray) -> float:
+        return float(np.linalg.norm(vector.astype(np.float64)))
 
 
 class StrideSketch:
@@ -82,6 +92,9 @@ class StrideSketch:
         picked = gradient.reshape(-1)[skip :: self.stride].to(torch.float32)
         row = (first + skip) // self.stride
         out[row : row + picked.numel()] += picked
+
+    def norm(self, vector: np.ndarray) -> float:
+        return float(np.linalg.norm(vector.astype(np.float64))) * self.stride**0.5
 
 
 def _name_keys(seed: int, name: str) -> tuple[int, int]:

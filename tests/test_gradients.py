@@ -17,6 +17,7 @@ from merit_hf.conflict import conflict_matrix
 from merit_hf.data import load_rows
 from merit_hf.gradients import (
     GradientReadout,
+    GradientSettings,
     batch_by_tokens,
     dataset_gradient,
     sample_indices,
@@ -59,12 +60,15 @@ def gradient(
     folder: Path,
     reduction: str = "token_mean",
     tokens_per_batch: int = 2048,
+    low_memory: bool = False,
+    gradient_checkpointing: bool = False,
     **sft: object,
 ) -> GradientReadout:
     """The whole gradient, entry for entry."""
     sketch = make_sketch("exact", [(n, p.numel()) for n, p in trained_parameters(model)], dim=0, stride=1, seed=0)
+    settings = GradientSettings(tokens_per_batch, low_memory, gradient_checkpointing)
     with open_loss(model, tokenizer, build_args(sft, folder / "trainer"), rows) as trainer:
-        return dataset_gradient(trainer, rows, sketch, reduction, tokens_per_batch)
+        return dataset_gradient(trainer, rows, sketch, reduction, settings)
 
 
 def by_hand(base_dir: Path, rows: datasets.Dataset, reduction: str) -> tuple[np.ndarray, float]:

@@ -64,6 +64,8 @@ ROAD = [
     "report.diagnosed",
     "report.page",
     "mixture",
+    "loss",
+    "sharded",
     "gradients",
     "verification.movement",
     "verification.behaviour",

@@ -1,0 +1,73 @@
+"""SFT's loss at full speed: the logits of the tokens that bear a loss, and nothing else.
+
+TRL's own loss also measures entropy and accuracy for its logs, computes the logits twice and, without Triton, those of
+the prompt too. The loss is the same number; a test holds the two to each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl import SFTConfig, SFTTrainer
+
+from merit_hf import sft
+
+
+def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """SFT's loss of one collated batch, summed over its loss tokens (nats); differentiable.
+
+    Losses other than the plain one (DFT, label smoothing, a router's auxiliary loss) are TRL's own computation.
+    """
+    head = trainer.model.get_output_embeddings() if trainer.model is not None else None
+    if head is None or not _is_plain(trainer):
+        return sft.loss_sum(trainer, batch)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    targets = batch["labels"][:, 1:]
+    wanted = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    wanted[:, :-1] = targets != -100
+    # The model's own forward goes on with the rows picked here, so scaling and capping of logits stay its own.
+    with _picked(head, wanted), trainer.accelerator.autocast():
+        logits = trainer.model(**inputs, use_cache=False).logits  # [number of loss tokens, vocabulary]
+    return cross_entropy(logits.float(), targets[wanted[:, :-1]], reduction="sum")
+
+
+@contextlib.contextmanager
+def recomputing(model: torch.nn.Module) -> Iterator[None]:
+    """Gradient checkpointing in eval mode: layers keep their inputs alone and are run again for the backward pass.
+
+    transformers does this for layers in training mode only, so the layers themselves are put there; the dropout inside
+    them stays off.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    before = [(layer.gradient_checkpointing, layer.training) for layer in layers]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer, (checkpointing, training) in zip(layers, before, strict=True):
+            layer.gradient_checkpointing, layer.training = checkpointing, training
+
+
+def _is_plain(trainer: SFTTrainer) -> bool:
+    assert isinstance(trainer.args, SFTConfig)
+    plain = trainer.args.loss_type == "nll" and trainer.label_smoother is None and not trainer.aux_loss_enabled
+    return plain and trainer.compute_loss_func is None
+
+
+@contextlib.contextmanager
+def _picked(head: torch.nn.Module, wanted: torch.Tensor) -> Iterator[None]:
+    def pick(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, *rest = inputs
+        return hidden[wanted.to(hidden.device)], *rest
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,63 @@
+"""A model that is too large for one device, sharded over processes (FSDP2): who runs which batch, and adding it all up.
+
+Every process holds a slice of each parameter and of its gradient. A read-out is linear, so each reads its slices out
+where they lie in the whole parameter, and the read-outs are summed. Without sharding these functions do nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def shard_model(model: torch.nn.Module) -> None:
+    """Shard `model` in place over all processes of the default group, layer by layer.
+
+    Gradients are summed over the processes, not averaged: [`dataset_gradient`] counts terms itself.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in [*layers, model]:
+        fully_shard(module)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+
+
+def share_of(model: torch.nn.Module, batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool]]:
+    """This process' batches, and whether each counts.
+
+    Collective operations need every process in every step, so one that has run out of batches repeats one without
+    counting it.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if isinstance(model, FSDPModule) else (0, 1)
+    for first in range(0, len(batches), world_size):
+        counts = first + rank < len(batches)
+        yield batches[first + rank if counts else first], counts
+
+
+def local_part(gradient: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The slice of a gradient that this process holds, and at which flat index of the whole it begins."""
+    if not isinstance(gradient, DTensor):
+        return gradient, 0
+    _, offsets = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
+    # Slices are of the first dimension, so they are contiguous in the flat whole.
+    return gradient.to_local(), offsets[0] * math.prod(gradient.shape[1:])
+
+
+def summed(
+    model: torch.nn.Module, vector: torch.Tensor, numbers: Sequence[float]
+) -> tuple[torch.Tensor, list[float]]:
+    """`vector` and `numbers`, each the sum over the processes that share the model."""
+    if not isinstance(model, FSDPModule):
+        return vector, list(numbers)
+    totals = torch.tensor(numbers, dtype=torch.float64, device=vector.device)
+    for tensor in (vector, totals):
+        dist.all_reduce(tensor)
+    return vector, totals.tolist()
