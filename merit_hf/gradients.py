@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import datasets
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from merit_hf import sharded
@@ -39,10 +41,10 @@ def batch_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[
     return batches
 
 
-def trained_model(trainer: SFTTrainer) -> torch.nn.Module:
-    """The module whose parameters the trainer changes."""
+def trained_model(trainer: SFTTrainer) -> PreTrainedModel:
+    """The model whose parameters the trainer changes."""
     assert trainer.model is not None
-    return trainer.model
+    return cast(PreTrainedModel, trainer.model)
 
 
 def trained_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -88,14 +90,14 @@ def dataset_gradient(
     tokens_per_batch = settings.tokens_per_batch
     batches = [[i] for i in range(len(rows))] if by_example else batch_by_tokens(lengths, tokens_per_batch)
     model = trained_model(trainer)
-    total_loss, num_loss_tokens, num_terms = 0.0, 0, 0
+    total_loss, num_loss_tokens, num_terms = 0.0, 0.0, 0.0
     with _reading(model, sketch, settings) as reader:
-        for indices, counts in sharded.share_of(model, batches):
+        for indices, is_mine in sharded.share_of(model, batches):
             batch = collate(trainer, rows, indices)
-            if not counts:
+            if not is_mine:
                 batch["labels"].fill_(-100)
             loss_tokens = int((batch["labels"][:, 1:] != -100).sum())
-            if loss_tokens or not counts:
+            if loss_tokens or not is_mine:
                 loss = loss_sum(trainer, batch)
                 if by_example:
                     loss = loss / max(1, loss_tokens)
@@ -103,11 +105,10 @@ def dataset_gradient(
                 total_loss += float(loss.detach())
             num_loss_tokens += loss_tokens
             num_terms += (1 if by_example else loss_tokens) if loss_tokens else 0
-            on_batch(sum(lengths[i] for i in indices) if counts else 0)
+            on_batch(sum(lengths[i] for i in indices) if is_mine else 0)
         vector, square = reader.finish()
-    vector, (square, total_loss, num_loss_tokens, num_terms) = sharded.summed(
-        model, vector, [square, total_loss, num_loss_tokens, num_terms]
-    )
+    counts = [total_loss, num_loss_tokens, num_terms]
+    vector, square, (total_loss, num_loss_tokens, num_terms) = sharded.summed(model, vector, square, counts)
     if not num_terms:
         raise MeritError("none of the sampled examples has a loss token, so there is no gradient.")
     sketched = (vector / num_terms).cpu().numpy()
@@ -151,7 +152,7 @@ class _Reader:
 
 
 @contextlib.contextmanager
-def _reading(model: torch.nn.Module, sketch: Sketch, settings: GradientSettings) -> Iterator[_Reader]:
+def _reading(model: PreTrainedModel, sketch: Sketch, settings: GradientSettings) -> Iterator[_Reader]:
     model.zero_grad(set_to_none=True)
     reader = _Reader(model, sketch)
     handles = list(reader.take_each()) if settings.low_memory else []

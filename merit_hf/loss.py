@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
@@ -22,7 +24,8 @@ def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tenso
 
     Losses other than the plain one (DFT, label smoothing, a router's auxiliary loss) are TRL's own computation.
     """
-    head = trainer.model.get_output_embeddings() if trainer.model is not None else None
+    model = cast(PreTrainedModel, trainer.model)
+    head = model.get_output_embeddings()
     if head is None or not _is_plain(trainer):
         return sft.loss_sum(trainer, batch)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -31,27 +34,30 @@ def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tenso
     wanted[:, :-1] = targets != -100
     # The model's own forward goes on with the rows picked here, so scaling and capping of logits stay its own.
     with _picked(head, wanted), trainer.accelerator.autocast():
-        logits = trainer.model(**inputs, use_cache=False).logits  # [number of loss tokens, vocabulary]
+        logits = model(**inputs, use_cache=False).logits  # [number of loss tokens, vocabulary]
     return cross_entropy(logits.float(), targets[wanted[:, :-1]], reduction="sum")
 
 
 @contextlib.contextmanager
-def recomputing(model: torch.nn.Module) -> Iterator[None]:
+def recomputing(model: PreTrainedModel) -> Iterator[None]:
     """Gradient checkpointing in eval mode: layers keep their inputs alone and are run again for the backward pass.
 
     transformers does this for layers in training mode only, so the layers themselves are put there; the dropout inside
     them stays off.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    before = [(layer.gradient_checkpointing, layer.training) for layer in layers]
+    training = [layer.training for layer in layers]
+    was_on = model.is_gradient_checkpointing
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         for layer in layers:
             layer.training = True
         yield
     finally:
-        for layer, (checkpointing, training) in zip(layers, before, strict=True):
-            layer.gradient_checkpointing, layer.training = checkpointing, training
+        for layer, before in zip(layers, training, strict=True):
+            layer.training = before
+        if not was_on:
+            model.gradient_checkpointing_disable()
 
 
 def _is_plain(trainer: SFTTrainer) -> bool:

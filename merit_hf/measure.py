@@ -82,19 +82,18 @@ def measure_gradients(
     tokens = sum(sum(map(len, job.rows["input_ids"])) for job in missing)
     with progress.stage("Gradients", total=tokens, unit="tokens") as stage:
         # The largest first, so that no process is left alone with one at the end.
-        for job in sorted(missing, key=lambda job: (-job.num_input_tokens, job.name)):
-            if not worker.claim(folder, job.path.stem):
-                continue
+        ordered = sorted(missing, key=lambda job: (-job.num_input_tokens, job.name))
+        for job in worker.share(folder, ordered, lambda job: job.path.stem, lambda job: job.load() is not None):
             done = sum(other.load() is not None for other in jobs)
             stage.item(f"{job.name} ({done + 1} of {len(jobs)})")
             try:
                 with open_loss(model, tokenizer, args, job.rows) as trainer:
-                    readout = dataset_gradient(
-                        trainer, job.rows, sketch, section.reduction, GradientSettings(section.tokens_per_batch), stage.advance
-                    )
+                    settings = GradientSettings(section.tokens_per_batch)
+                    readout = dataset_gradient(trainer, job.rows, sketch, section.reduction, settings, stage.advance)
             except MeritError as error:
                 raise MeritError(f"dataset `{job.name}`: {error}") from error
-            save_readout(job.path, job.key, readout)
+            if worker.is_main or not worker.shards:
+                save_readout(job.path, job.key, readout)
 
     def num_done() -> int:
         return sum(job.load() is not None for job in jobs)

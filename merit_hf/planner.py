@@ -45,6 +45,7 @@ from merit_hf.sft import (
     load_tokenizer,
     take_chat_template,
 )
+from merit_hf.sharded import shard_model
 from merit_hf.versions import library_versions
 from merit_hf.workers import Worker, check_processes
 
@@ -103,7 +104,7 @@ class MeritPlanner:
         prepared, dropped = prepare_mixture(loaded, model, tokenizer, args, self.progress)
         self._check_group_count(len(prepared), skipped | dropped)
         readouts, seconds = self._measure(prepared, model, tokenizer, args, base, part / "gradients", output, peft)
-        if not self.worker.is_main:
+        if not self.worker.is_main and not self.worker.shards:
             self.worker.wait(until=output.exists)
             return PartitionPlan.from_pretrained(output)
         matrix_start = time.monotonic()
@@ -135,6 +136,10 @@ class MeritPlanner:
             "num_batches": sum(readout.num_batches for readout in readouts),
             "world_size": self.worker.world_size,
         }
+        # Processes that share a model go through the same steps; one of them writes.
+        if not self.worker.is_main:
+            self.worker.wait(until=output.exists)
+            return PartitionPlan.from_pretrained(output)
         return _save(plan, sketches, part, output)
 
     def _check_group_count(self, num_datasets: int, left_out: dict[str, str]) -> None:
@@ -185,6 +190,8 @@ class MeritPlanner:
     ) -> tuple[list[GradientReadout], float]:
         if self.config.plan.split not in GRADIENT_SPLITS:
             return [], 0.0
+        if self.worker.shards:
+            shard_model(model)
         # A process that is late finds the folder gone again, and the plan in its place.
         self.worker.wait(until=lambda: folder.exists() or output.exists())
         return measure_gradients(

@@ -1,4 +1,4 @@
-"""A model that is too large for one device, sharded over processes (FSDP2): who runs which batch, and adding it all up.
+"""A model too large for one device, sharded over processes (FSDP2): who runs which batch, and adding it all up.
 
 Every process holds a slice of each parameter and of its gradient. A read-out is linear, so each reads its slices out
 where they lie in the whole parameter, and the read-outs are summed. Without sharding these functions do nothing.
@@ -18,16 +18,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def shard_model(model: torch.nn.Module) -> None:
-    """Shard `model` in place over all processes of the default group, layer by layer.
-
-    Gradients are summed over the processes, not averaged: [`dataset_gradient`] counts terms itself.
-    """
+    """Shard `model` in place over all processes of the default group, layer by layer."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in [*layers, model]:
         fully_shard(module)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
 
 
 def share_of(model: torch.nn.Module, batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool]]:
@@ -52,12 +46,17 @@ def local_part(gradient: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def summed(
-    model: torch.nn.Module, vector: torch.Tensor, numbers: Sequence[float]
-) -> tuple[torch.Tensor, list[float]]:
-    """`vector` and `numbers`, each the sum over the processes that share the model."""
+    model: torch.nn.Module, vector: torch.Tensor, square: float, counts: Sequence[float]
+) -> tuple[torch.Tensor, float, list[float]]:
+    """The read-out of a gradient's slices, the square of their norm, and `counts`, added up over the processes.
+
+    FSDP averages gradients over the processes; the sum is wanted, since each counted its own terms.
+    """
     if not isinstance(model, FSDPModule):
-        return vector, list(numbers)
-    totals = torch.tensor(numbers, dtype=torch.float64, device=vector.device)
+        return vector, square, list(counts)
+    world_size = dist.get_world_size()
+    totals = torch.tensor([square * world_size**2, *counts], dtype=torch.float64, device=vector.device)
+    vector = vector * world_size
     for tensor in (vector, totals):
         dist.all_reduce(tensor)
-    return vector, totals.tolist()
+    return vector, float(totals[0]), totals[1:].tolist()

@@ -12,6 +12,7 @@ from tiny import as_chat, make_base, task_rows, write_jsonl
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from merit_hf import loss
 from merit_hf.config import DatasetSection, MeritError
 from merit_hf.conflict import conflict_matrix
 from merit_hf.data import load_rows
@@ -24,7 +25,7 @@ from merit_hf.gradients import (
     trained_parameters,
 )
 from merit_hf.mixture import prepare_dataset
-from merit_hf.sft import build_args, load_model, load_tokenizer, open_loss, open_trainer
+from merit_hf.sft import build_args, collate, load_model, load_tokenizer, loss_sum, open_loss, open_trainer
 from merit_hf.sketch import CountSketch, make_sketch
 
 
@@ -132,6 +133,70 @@ def test_batches_and_padding_do_not_matter(
     assert relative(padded.sketch, expected.sketch) < 2e-6
     reordered = gradient(model, tokenizer, rows.select(range(len(rows) - 1, -1, -1)), tmp_path, reduction, 150)
     assert relative(reordered.sketch, expected.sketch) < 2e-6
+
+
+def test_low_memory_and_checkpointing_do_not_matter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, tmp_path: Path
+) -> None:
+    expected = gradient(model, tokenizer, rows, tmp_path, tokens_per_batch=150)
+    for low_memory, checkpointing in ((True, False), (False, True), (True, True)):
+        found = gradient(model, tokenizer, rows, tmp_path, "token_mean", 150, low_memory, checkpointing)
+        assert relative(found.sketch, expected.sketch) < 2e-6
+        assert found.norm == pytest.approx(expected.norm, rel=1e-5)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-7)
+    assert not any(
+        parameter.grad is not None or parameter._post_accumulate_grad_hooks for parameter in model.parameters()
+    )
+    assert not any(module.training or getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_low_memory_holds_one_gradient_at_a_time(base_dir: Path, rows: datasets.Dataset, tmp_path: Path) -> None:
+    model, tokenizer, held = load_model(base_dir), load_tokenizer(base_dir), []
+
+    class Watching(CountSketch):
+        def add(self, out: torch.Tensor, name: str, gradient: torch.Tensor, offset: int = 0) -> None:
+            held.append(sum(parameter.grad is not None for parameter in model.parameters()))
+            super().add(out, name, gradient, offset)
+
+    for low_memory in (True, False):
+        held.clear()
+        with open_loss(model, tokenizer, build_args({}, tmp_path / "trainer"), rows) as trainer:
+            dataset_gradient(trainer, rows, Watching(64, 0), settings=GradientSettings(150, low_memory))
+        # The whole gradient lies there when the first of it is read out at the end.
+        assert max(held) == (1 if low_memory else len(trained_parameters(model)))
+
+
+def test_checkpointing_runs_layers_twice_and_leaves_dropout_off(
+    tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, tmp_path: Path
+) -> None:
+    model = load_model(make_base(tmp_path / "dropout", attention_dropout=0.5))
+    calls = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    plain = gradient(model, tokenizer, rows, tmp_path, tokens_per_batch=150)
+    once = len(calls)
+    again = gradient(model, tokenizer, rows, tmp_path, tokens_per_batch=150, gradient_checkpointing=True)
+    assert len(calls) == 3 * once
+    assert relative(again.sketch, plain.sketch) < 2e-6
+
+
+def test_logits_are_made_of_loss_tokens_only(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, tmp_path: Path
+) -> None:
+    shapes = []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    found = gradient(model, tokenizer, rows, tmp_path)
+    handle.remove()
+    assert sum(shape[0] for shape in shapes) == found.num_loss_tokens < found.num_input_tokens
+
+
+@pytest.mark.parametrize("sft", [{}, {"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_the_fast_loss_is_trls(
+    sft: dict[str, object], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    with open_loss(model, tokenizer, build_args(sft, tmp_path / "trainer"), rows) as trainer:
+        batch = collate(trainer, rows, list(range(8)))
+        assert float(loss.loss_sum(trainer, batch)) == pytest.approx(float(loss_sum(trainer, batch)), rel=1e-6)
 
 
 def test_training_settings_of_the_batch_do_not_matter(
