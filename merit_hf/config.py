@@ -96,6 +96,10 @@ class PlanSection(_Section):
         balance: what the groups are balanced in: `tokens`, `examples` or `datasets`.
         axes: `global` (one PCA) or `local` (again inside each half).
         tokens_per_batch (`int`, *optional*, defaults to `2048`): largest micro-batch, padding included, in tokens.
+        low_memory (`bool`, *optional*): read every gradient out and free it as soon as it is there. Default: where the
+            gradients of all parameters would not fit beside the model.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): compute the layers twice and keep less of
+            them, for examples that do not fit otherwise.
         seed (`int`, *optional*, defaults to `0`): of samples, sketch and random splits.
     """
 
@@ -110,6 +114,8 @@ class PlanSection(_Section):
     balance: Literal["tokens", "examples", "datasets"] = "tokens"
     axes: Literal["global", "local"] = "global"
     tokens_per_batch: int = Field(default=2048, ge=1)
+    low_memory: bool | None = None
+    gradient_checkpointing: bool = False
     seed: int = Field(default=0, ge=0)
 
 

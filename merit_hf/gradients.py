@@ -41,6 +41,13 @@ def batch_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[
     return batches
 
 
+def batches_of(lengths: Sequence[int], reduction: str, tokens_per_batch: int) -> list[list[int]]:
+    """Row numbers in micro-batches; of one row each where every example has a mean of its own."""
+    if reduction == "example_mean":
+        return [[index] for index in range(len(lengths))]
+    return batch_by_tokens(lengths, tokens_per_batch)
+
+
 def trained_model(trainer: SFTTrainer) -> PreTrainedModel:
     """The model whose parameters the trainer changes."""
     assert trainer.model is not None
@@ -87,8 +94,7 @@ def dataset_gradient(
     """
     lengths = [len(ids) for ids in rows["input_ids"]]
     by_example = reduction == "example_mean"
-    tokens_per_batch = settings.tokens_per_batch
-    batches = [[i] for i in range(len(rows))] if by_example else batch_by_tokens(lengths, tokens_per_batch)
+    batches = batches_of(lengths, reduction, settings.tokens_per_batch)
     model = trained_model(trainer)
     total_loss, num_loss_tokens, num_terms = 0.0, 0.0, 0.0
     with _reading(model, sketch, settings) as reader:

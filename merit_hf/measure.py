@@ -16,7 +16,8 @@ from trl import SFTConfig
 
 from merit_hf.config import ConfigError, MeritError, PlanSection
 from merit_hf.data import format_digest, seed_of
-from merit_hf.gradients import GradientSettings, dataset_gradient, sample_indices, trained_parameters
+from merit_hf.gradients import GradientSettings, batches_of, dataset_gradient, sample_indices, trained_parameters
+from merit_hf.memory import fitting_settings
 from merit_hf.mixture import PreparedDataset
 from merit_hf.plan import canonical_sha256
 from merit_hf.progress import Progress
@@ -65,7 +66,8 @@ def measure_gradients(
     workers of one launch share the rest; each returns when all are done. `folder` exists until the plan is finished.
 
     Raises:
-        ConfigError: the read-outs would not fit on the disk. MeritError: a gradient is not finite (names the dataset).
+        ConfigError: the read-outs would not fit on the disk, or the passes into memory.
+        MeritError: a gradient is not finite (names the dataset).
     """
     start = time.monotonic()
     parameters = [(name, parameter.numel()) for name, parameter in trained_parameters(model)]
@@ -80,6 +82,9 @@ def measure_gradients(
     if len(missing) < len(jobs):
         progress.note(f"going on: {len(jobs) - len(missing)} of {len(jobs)} gradients are there already")
     tokens = sum(sum(map(len, job.rows["input_ids"])) for job in missing)
+    settings = _settings(model, missing, section, worker)
+    if settings.low_memory and section.low_memory is None:
+        progress.note("the gradients of all parameters would not fit beside the model: plan.low_memory is on")
     with progress.stage("Gradients", total=tokens, unit="tokens") as stage:
         # The largest first, so that no process is left alone with one at the end.
         ordered = sorted(missing, key=lambda job: (-job.num_input_tokens, job.name))
@@ -88,7 +93,6 @@ def measure_gradients(
             stage.item(f"{job.name} ({done + 1} of {len(jobs)})")
             try:
                 with open_loss(model, tokenizer, args, job.rows) as trainer:
-                    settings = GradientSettings(section.tokens_per_batch)
                     readout = dataset_gradient(trainer, job.rows, sketch, section.reduction, settings, stage.advance)
             except MeritError as error:
                 raise MeritError(f"dataset `{job.name}`: {error}") from error
@@ -101,6 +105,20 @@ def measure_gradients(
     worker.wait(until=lambda: num_done() == len(jobs) or not folder.exists(), alive=num_done)
     done_now = [job.load() for job in jobs]
     return [readout for readout in done_now if readout is not None], time.monotonic() - start
+
+
+def _settings(model: PreTrainedModel, jobs: Sequence[_Job], section: PlanSection, worker: Worker) -> GradientSettings:
+    """How to run the passes so that they fit into memory; ConfigError where they cannot."""
+    wanted = GradientSettings(section.tokens_per_batch, section.low_memory or False, section.gradient_checkpointing)
+    sizes = []
+    for job in jobs:
+        lengths = [len(ids) for ids in job.rows["input_ids"]]
+        loss_tokens = [sum(label != -100 for label in labels) for labels in job.rows["labels"]]
+        for batch in batches_of(lengths, section.reduction, section.tokens_per_batch):
+            sizes.append((len(batch) * max(lengths[i] for i in batch), sum(loss_tokens[i] for i in batch)))
+    if not sizes:
+        return wanted
+    return fitting_settings(model, sizes, wanted, section.low_memory, worker.world_size if worker.shards else 1)
 
 
 def _sample(dataset: PreparedDataset, section: PlanSection) -> datasets.Dataset:

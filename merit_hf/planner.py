@@ -135,6 +135,7 @@ class MeritPlanner:
             "tokens": sum(readout.num_input_tokens for readout in readouts),
             "num_batches": sum(readout.num_batches for readout in readouts),
             "world_size": self.worker.world_size,
+            "gradient_checkpointing": self.config.plan.gradient_checkpointing,
         }
         # Processes that share a model go through the same steps; one of them writes.
         if not self.worker.is_main:
@@ -172,7 +173,7 @@ class MeritPlanner:
             "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256")},
             "datasets": {dataset.name: dataset.fingerprint for dataset in loaded},
             "tags": {spec.name: spec.tag for spec in self.config.datasets},
-            "plan": self.config.plan.model_dump(exclude={"tokens_per_batch"}),
+            "plan": self.config.plan.model_dump(exclude={"tokens_per_batch", "low_memory", "gradient_checkpointing"}),
             "sft": identity_fields(args),
             **({} if self.config.peft is None else {"peft": self.config.peft}),
         }

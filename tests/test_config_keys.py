@@ -56,7 +56,8 @@ def view(plan: PartitionPlan) -> dict[str, Any]:
         "base": plan.base, "datasets": [asdict(d) for d in plan.datasets], "groups": [asdict(g) for g in plan.groups],
         "sft": plan.sft, "sketches": None if sketches is None else sketches.tolist(), "explained": plan.explained,
         "matrix": None if plan.conflict_matrix is None else plan.conflict_matrix.tolist(), "bounds": plan.bounds,
-        "num_batches": plan.cost["num_batches"], "sha256": plan.sha256,
+        "num_batches": plan.cost["num_batches"], "checkpointing": plan.cost["gradient_checkpointing"],
+        "sha256": plan.sha256,
     }  # fmt: skip
 
 
@@ -101,6 +102,8 @@ PLAN_CASES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "plan.balance": ((), "plan.balance=datasets", "groups"),
     "plan.axes": (("plan.num_groups=4",), "plan.axes=local", "groups"),
     "plan.tokens_per_batch": ((), "plan.tokens_per_batch=40", "num_batches"),
+    "plan.low_memory": ((), "plan.low_memory=true", "datasets"),
+    "plan.gradient_checkpointing": ((), "plan.gradient_checkpointing=true", "checkpointing"),
     "plan.seed": ((), "plan.seed=1", "sketches"),
     "datasets.name": ((), "datasets.copy.name=zebra", "sha256"),
     "datasets.path": ((), "datasets.copy.path=data/reverse.jsonl", "sha256"),
@@ -119,7 +122,7 @@ def test_a_key_changes_the_plan(
         override = override.replace("OTHER", str(make_base(tmp_path / "base", seed=4)))
     before, after = planned(*common), planned(*common, override)
     assert before[part] != after[part]
-    if part == "num_batches":
+    if part in ("num_batches", "checkpointing") or key == "plan.low_memory":
         assert before["sha256"] == after["sha256"]
 
 

@@ -67,6 +67,7 @@ ROAD = [
     "loss",
     "sharded",
     "gradients",
+    "memory",
     "verification.movement",
     "verification.behaviour",
     "verification.verify",

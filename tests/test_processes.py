@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -119,6 +120,31 @@ def test_two_planners_share_the_datasets(tmp_path: Path) -> None:
     ).read_bytes()
 
 
+def test_what_a_dead_planner_claimed_is_done_by_the_other(tmp_path: Path) -> None:
+    names = ("copy", "reverse", "repeat", "count", "first")
+    config = make_mixture(tmp_path, names, count=40, tokens_per_batch=1)
+    work = tmp_path / "plan.part" / "gradients"
+    survivor, victim = (
+        jobs.Job(plan_as, [rank, config, tmp_path / "plan", "12347"], tmp_path / f"log-{rank}") for rank in range(2)
+    )
+
+    def has_claimed() -> bool:
+        return any(
+            path.read_text() == str(victim.pid) and not (work / f"{path.name}.json").exists()
+            for path in work.glob("claims-*/*")
+        )
+
+    with Watch(work) as watch:
+        assert victim.kill_when(has_claimed), "it had ended before it was killed"
+        assert survivor.wait() == 0, survivor.output
+    assert len(watch.versions) == 5
+    assert all(len(inodes) == 1 for inodes in watch.versions.values()), "a dataset was done twice"
+    alone = jobs.Job(jobs.plan, [config, tmp_path / "alone"], tmp_path / "log")
+    assert alone.wait() == 0, alone.output
+    first, second = (tmp_path / name / "sketches.safetensors" for name in ("alone", "plan"))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_a_planner_that_comes_late_finds_the_plan(tmp_path: Path) -> None:
     config = make_mixture(tmp_path, ("copy", "count"), count=8)
     first = jobs.Job(plan_as, [0, config, tmp_path / "plan", "12346"], tmp_path / "log-0")
@@ -136,6 +162,10 @@ def test_a_worker_claims_what_no_other_of_its_launch_has(tmp_path: Path) -> None
     assert second.claim(tmp_path, "y")
     assert later.claim(tmp_path, "x"), "the claims of a killed launch must not bind the next"
     assert Worker().claim(tmp_path, "x")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / "claims-a" / "x").write_text(str(gone.pid))
+    assert [first.claim(tmp_path, "x"), second.claim(tmp_path, "x")] == [True, False]
     assert not first.claim(tmp_path / "gone", "x"), "who comes when all is done claims nothing"
 
 

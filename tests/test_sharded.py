@@ -1,4 +1,4 @@
-"""A model sharded over two processes (FSDP2 on gloo): the gradient and the plan of one process, and half the weights."""
+"""A model sharded over two processes (FSDP2 on gloo): the plan of one process, and half the weights."""
 
 from __future__ import annotations
 
