@@ -91,6 +91,8 @@ class PlanSection(_Section):
         num_samples (`int`, *optional*, defaults to `200`): examples a dataset gradient is the mean of.
         sketch: how a gradient is read out: `count_sketch`, `stride` (every `stride`-th parameter) or `exact`.
         sketch_dim (`int`, *optional*, defaults to `65536`): length of a count sketch.
+        sketch_by_layer (`bool`, *optional*, defaults to `False`): a part of the count sketch for every layer, so that
+            there is a conflict matrix of each ([`PartitionPlan.layer_matrices`]).
         reduction: `token_mean` (summed loss over all loss tokens) or `example_mean` (mean of the examples' means).
         center: PCA of the conflict matrix less its `column` mean, of it as it is (`none`), or centred `double`.
         balance: what the groups are balanced in: `tokens`, `examples` or `datasets`.
@@ -108,6 +110,7 @@ class PlanSection(_Section):
     num_samples: int = Field(default=200, ge=1)
     sketch: Literal["count_sketch", "stride", "exact"] = "count_sketch"
     sketch_dim: int = Field(default=65536, ge=16)
+    sketch_by_layer: bool = False
     stride: int = Field(default=5, ge=1)
     reduction: Literal["token_mean", "example_mean"] = "token_mean"
     center: Literal["column", "none", "double"] = "column"
@@ -229,6 +232,11 @@ class MeritConfig(_Section):
             raise ConfigError(
                 f"{source}: plan.num_groups={wanted}, but plan.split={self.plan.split} gives {self.num_groups}. "
                 "Leave plan.num_groups out."
+            )
+        if self.plan.sketch_by_layer and self.plan.sketch != "count_sketch":
+            raise ConfigError(
+                f"{source}: plan.sketch_by_layer is for plan.sketch=count_sketch, which is {self.plan.sketch} here. "
+                "Leave one of them out."
             )
         check_merge_method(self.merge.engine, self.merge.method, self.merge.parameters, source)
         for dataset in self.datasets:

@@ -23,12 +23,14 @@ from merit_hf.plan import canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import GradientReadout, load_readout, readout_path, save_readout
 from merit_hf.sft import open_loss
-from merit_hf.sketch import make_sketch
+from merit_hf.sketch import Sketch, make_sketch
 from merit_hf.workers import Worker
 
 # What of the SFT settings changes a gradient without changing the tokens.
 _LOSS_FIELDS = ("loss_type", "label_smoothing_factor", "router_aux_loss_coef", "bf16", "fp16", "model_init_kwargs")
-_READOUT_FIELDS = {"num_samples", "sketch", "sketch_dim", "stride", "reduction", "tokens_per_batch", "seed"}
+_READOUT_FIELDS = {
+    "num_samples", "sketch", "sketch_dim", "sketch_by_layer", "stride", "reduction", "tokens_per_batch", "seed",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def measure_gradients(
     """
     start = time.monotonic()
     parameters = [(name, parameter.numel()) for name, parameter in trained_parameters(model)]
-    sketch = make_sketch(section.sketch, parameters, section.sketch_dim, section.stride, section.seed)
+    sketch = plan_sketch(section, parameters)
     _check_disk(len(prepared), sketch.dim, folder)
     jobs = [
         _Job(d.name, d.counts.num_input_tokens, _sample(d, section), readout_path(folder, d.name), key)
@@ -105,6 +107,15 @@ def measure_gradients(
     worker.wait(until=lambda: num_done() == len(jobs) or not folder.exists(), alive=num_done)
     done_now = [job.load() for job in jobs]
     return [readout for readout in done_now if readout is not None], time.monotonic() - start
+
+
+def plan_sketch(section: PlanSection, parameters: Sequence[tuple[str, int]]) -> Sketch:
+    """The sketch of a plan over `parameters`; ConfigError where it is too short for its layers."""
+    kind, dim, by_layer = section.sketch, section.sketch_dim, section.sketch_by_layer
+    try:
+        return make_sketch(kind, parameters, dim, section.stride, section.seed, by_layer)
+    except ValueError as error:
+        raise ConfigError(f"plan.sketch_dim={dim}: {error}. Raise it, or leave plan.sketch_by_layer out.") from error
 
 
 def _settings(model: PreTrainedModel, jobs: Sequence[_Job], section: PlanSection, worker: Worker) -> GradientSettings:

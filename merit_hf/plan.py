@@ -21,6 +21,7 @@ import numpy as np
 
 from merit_hf import tables
 from merit_hf.config import ConfigError, MeritError
+from merit_hf.conflict import conflict_matrix
 from merit_hf.readouts import SKETCHES_NAME, open_sketches
 from merit_hf.sharing.untrusted import check_pinned, vet_plan
 from merit_hf.tables import PlannedDataset as PlannedDataset
@@ -47,6 +48,7 @@ class PartitionPlan:
         peft: LoRA settings as PEFT resolved them, valid as fields of LoraConfig; empty where all weights are trained.
         conflict_matrix: float64 [T, T] in the order of `datasets`; None where the split needs no gradients.
         explained: share of the variance of C on each axis. bounds: what can be trusted of the axes.
+        layers: {layer: (start, stop)} in a sketch with a part for every layer; empty otherwise.
         skipped: datasets left out, with the reason.
         inputs_sha256: of what the planner was given; the same inputs are not planned twice.
         supplied: {dataset: file} as [`supply`] was told.
@@ -62,6 +64,7 @@ class PartitionPlan:
     conflict_matrix: np.ndarray | None = None
     explained: list[float] = field(default_factory=list)
     bounds: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -164,7 +167,8 @@ class PartitionPlan:
             "config": self.config,
             "base": self.base,
             "seed": section["seed"],
-            "sketch": {"kind": section["sketch"], "dim": section["sketch_dim"], "seed": section["seed"]},
+            "sketch": {"kind": section["sketch"], "dim": section["sketch_dim"], "seed": section["seed"],
+                       **({"layers": self.layers} if self.layers else {})},
             "sft": self.sft,
             **({"peft": self.peft} if self.peft else {}),
             "explained": self.explained,
@@ -199,6 +203,7 @@ class PartitionPlan:
                 revision=sha,
                 folder=folder,
                 peft=content.get("peft", {}),
+                layers={k: (int(v[0]), int(v[1])) for k, v in content["sketch"].get("layers", {}).items()},
                 **{key: content[key] for key in _CONTENT},
             )
             plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches)
@@ -246,6 +251,21 @@ class PartitionPlan:
 
             fetch_sketches(self.repo_id, self.revision, SKETCHES_NAME)
         return open_sketches(path) if path.exists() else None
+
+    def layer_matrices(self) -> dict[str, np.ndarray]:
+        """The conflict matrix of every layer, float64 [T, T]: the cosines of the gradients of its parameters alone.
+
+        Layers that a dataset's gradient does not reach are left out.
+
+        Raises:
+            ConfigError: the plan was not made with `plan.sketch_by_layer`.
+        """
+        sketches = self.load_sketches()
+        if sketches is None or not self.layers:
+            raise ConfigError("this plan has no sketches by layer. Plan with plan.sketch_by_layer=true.")
+        parts = {layer: sketches[:, start:stop] for layer, (start, stop) in self.layers.items()}
+        reached = {layer: part for layer, part in parts.items() if part.size and part.any(axis=1).all()}
+        return {layer: conflict_matrix(part) for layer, part in reached.items()}
 
     def _check_identity(self, recorded: str, folder: Path) -> None:
         total = sum(group.train_input_tokens for group in self.groups)

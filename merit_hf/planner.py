@@ -28,6 +28,7 @@ from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.conflict import axis_bounds, conflict_matrix, sketch_error, structure_p_value
 from merit_hf.data import LoadedDataset, format_digest
 from merit_hf.entry import exit_on_error
+from merit_hf.gradients import trained_parameters
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups, split_datasets
 from merit_hf.hub import resolve_model
 from merit_hf.measure import measure_gradients
@@ -46,6 +47,7 @@ from merit_hf.sft import (
     take_chat_template,
 )
 from merit_hf.sharded import shard_model
+from merit_hf.sketch import layer_parts
 from merit_hf.versions import library_versions
 from merit_hf.workers import Worker, check_processes
 
@@ -120,6 +122,9 @@ class MeritPlanner:
             sft=identity_fields(args),
             peft=peft,
             conflict_matrix=matrix,
+            layers=layer_parts([name for name, _ in trained_parameters(model)], self.config.plan.sketch_dim)
+            if self.config.plan.sketch_by_layer and sketches
+            else {},
             skipped=skipped | dropped,
             versions=library_versions(),
             inputs_sha256=canonical_sha256(inputs),

@@ -7,6 +7,7 @@ summed. Nothing depends on the order of the parameters or on the process that do
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -31,7 +32,9 @@ class Sketch(Protocol):
         """‖g‖₂ as far as the read-out `vector` of g tells: exact for `exact`, right on average for the others."""
 
 
-def make_sketch(kind: str, parameters: Iterable[tuple[str, int]], dim: int, stride: int, seed: int) -> Sketch:
+def make_sketch(
+    kind: str, parameters: Iterable[tuple[str, int]], dim: int, stride: int, seed: int, by_layer: bool = False
+) -> Sketch:
     """The sketch that `plan.sketch` names.
 
     Args:
@@ -39,9 +42,14 @@ def make_sketch(kind: str, parameters: Iterable[tuple[str, int]], dim: int, stri
         dim: length of a count sketch; the others' follows from the parameters.
         stride: of `stride`.
         seed: of `count_sketch`.
+        by_layer: a part of its own in a count sketch for every layer.
     """
     if kind == "count_sketch":
-        return CountSketch(dim, seed)
+        return (
+            LayerSketch(layer_parts([name for name, _ in parameters], dim), seed)
+            if by_layer
+            else CountSketch(dim, seed)
+        )
     return StrideSketch(parameters, 1 if kind == "exact" else stride)
 
 
@@ -72,6 +80,47 @@ class CountSketch:
 
     def norm(self, vector: np.ndarray) -> float:
         return float(np.linalg.norm(vector.astype(np.float64)))
+
+
+def layer_parts(names: Iterable[str], dim: int) -> dict[str, tuple[int, int]]:
+    """{layer: (start, stop)}: an even share of `dim` for every layer, in order; "other" for what is in none.
+
+    A layer is the first number in a parameter's name: "3" of `model.layers.3.mlp.up_proj.weight`.
+
+    Raises:
+        ValueError: not even 16 numbers a layer.
+    """
+    layers = sorted({_layer_of(name) for name in names}, key=lambda layer: (not layer.isdigit(), layer.zfill(8)))
+    if dim < 16 * len(layers):
+        raise ValueError(f"{dim} numbers are too few for {len(layers)} layers; at least {16 * len(layers)} are needed")
+    edges = [dim * i // len(layers) for i in range(len(layers) + 1)]
+    return {layer: (edges[i], edges[i + 1]) for i, layer in enumerate(layers)}
+
+
+class LayerSketch:
+    """A count sketch a layer, side by side in one vector.
+
+    Inner products of the whole vector estimate those of the gradients, like one count sketch of its length where the
+    layers share the gradient evenly; those of a part, the layer's: error² ≤ Σ_b (‖g_b‖ ‖h_b‖)² / k_b.
+    """
+
+    def __init__(self, parts: dict[str, tuple[int, int]], seed: int) -> None:
+        self.parts = parts
+        self.dim = max(stop for _, stop in parts.values())
+        self._sketches = {layer: CountSketch(stop - start, seed) for layer, (start, stop) in parts.items()}
+
+    def add(self, out: torch.Tensor, name: str, gradient: torch.Tensor, offset: int = 0) -> None:
+        layer = _layer_of(name)
+        start, stop = self.parts[layer]
+        self._sketches[layer].add(out[start:stop], name, gradient, offset)
+
+    def norm(self, vector: np.ndarray) -> float:
+        return float(np.linalg.norm(vector.astype(np.float64)))
+
+
+def _layer_of(name: str) -> str:
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return found.group(1) if found else "other"
 
 
 class StrideSketch:

@@ -96,6 +96,7 @@ PLAN_CASES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "plan.num_samples": ((), "plan.num_samples=3", "sketches"),
     "plan.sketch": ((), "plan.sketch=exact", "sketches"),
     "plan.sketch_dim": ((), "plan.sketch_dim=256", "sketches"),
+    "plan.sketch_by_layer": ((), "plan.sketch_by_layer=true", "sketches"),
     "plan.stride": (("plan.sketch=stride",), "plan.stride=7", "sketches"),
     "plan.reduction": ((), "plan.reduction=example_mean", "sketches"),
     "plan.center": ((), "plan.center=none", "explained"),

@@ -6,12 +6,20 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import make_mixture
 
-from merit_hf.sketch import CountSketch, Sketch, StrideSketch, make_sketch
+from merit_hf.config import ConfigError, MeritConfig
+from merit_hf.conflict import conflict_matrix
+from merit_hf.gradients import trained_parameters
+from merit_hf.planner import MeritPlanner
+from merit_hf.progress import Progress
+from merit_hf.sft import load_model
+from merit_hf.sketch import CountSketch, Sketch, StrideSketch, layer_parts, make_sketch
 
 BOUNDARY = 1 << 31
 GOLDEN = [0, 0, -3, -5, -5, 1, -2, 0, 0, 0, 0, 1, 0, 6, 0, 0]
@@ -199,3 +207,60 @@ def test_exact_is_the_gradient_itself() -> None:
     sketch.add(out, "b", torch.tensor([3.0, 4.0, 5.0]))
     sketch.add(out, "a", torch.tensor([1.0, 2.0]))
     assert out.tolist() == [1, 2, 3, 4, 5]
+
+
+NAMES = ["model.layers.10.w", "model.layers.2.w", "model.layers.2.v", "model.embed.weight", "model.norm.weight"]
+
+
+def test_a_sketch_by_layer_keeps_inner_products_whole_and_by_layer() -> None:
+    parts = layer_parts(NAMES, 30_000)
+    assert list(parts) == ["2", "10", "other"]
+    assert parts == {"2": (0, 10_000), "10": (10_000, 20_000), "other": (20_000, 30_000)}
+    sketch = make_sketch("count_sketch", [(name, 4000) for name in NAMES], 30_000, 1, seed=3, by_layer=True)
+    first, second = ({name: vector(4000, 10 * side + i) for i, name in enumerate(NAMES)} for side in range(2))
+    second = {name: tensor + 0.7 * first[name] for name, tensor in second.items()}
+    a, b = torch.zeros(sketch.dim), torch.zeros(sketch.dim)
+    for name in NAMES:
+        sketch.add(a, name, first[name])
+        sketch.add(b, name, second[name][:1000])
+        sketch.add(b, name, second[name][1000:], offset=1000)
+    exact = {name: float(first[name] @ second[name]) for name in NAMES}
+    norms = {name: float(first[name].norm() * second[name].norm()) for name in NAMES}
+    members = {"2": NAMES[1:3], "10": NAMES[:1], "other": NAMES[3:]}
+    for layer, (start, stop) in parts.items():
+        wanted, scale = (sum(values[name] for name in members[layer]) for values in (exact, norms))
+        assert float(a[start:stop] @ b[start:stop]) == pytest.approx(wanted, abs=4 * scale / 10_000**0.5)
+    assert float(a @ b) == pytest.approx(sum(exact.values()), abs=4 * sum(norms.values()) / 30_000**0.5)
+
+
+def test_a_sketch_too_short_for_its_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="40 numbers are too few for 3 layers; at least 48"):
+        layer_parts(NAMES, 40)
+
+
+@pytest.mark.slow
+def test_a_plan_by_layer_has_a_matrix_of_every_layer(tmp_path: Path) -> None:
+    config = make_mixture(tmp_path, ("copy", "reverse", "count"), count=12)
+    plans = {
+        kind: MeritPlanner(MeritConfig.from_yaml(config, overrides), Progress(quiet=True)).plan(tmp_path / kind)
+        for kind, overrides in {
+            "exact": ["plan.sketch=exact"], "layers": ["plan.sketch_by_layer=true", "plan.sketch_dim=65536"],
+        }.items()
+    }  # fmt: skip
+    assert np.abs(plans["exact"].conflict_matrix - plans["layers"].conflict_matrix).max() < 0.03
+    exact = plans["exact"].load_sketches()
+    start, wanted = 0, {"0": [], "1": [], "other": []}
+    model = load_model(plans["exact"].base_folder())
+    for name, parameter in sorted(trained_parameters(model)):
+        layer = next((part for part in name.split(".") if part.isdigit()), "other")
+        wanted[layer].append(exact[:, start : start + parameter.numel()])
+        start += parameter.numel()
+    found = plans["layers"].layer_matrices()
+    assert list(found) == ["0", "1", "other"]
+    for layer, matrix in found.items():
+        assert np.abs(matrix - conflict_matrix(np.concatenate(wanted[layer], axis=1))).max() < 0.05
+    with pytest.raises(ConfigError, match="sketch_by_layer=true"):
+        plans["exact"].layer_matrices()
+    short = MeritConfig.from_yaml(config, ["plan.sketch_by_layer=true", "plan.sketch_dim=32"])
+    with pytest.raises(ConfigError, match=r"sketch_dim=32: 32 numbers are too few for 3 layers"):
+        MeritPlanner(short, Progress(quiet=True)).plan(tmp_path / "short")
