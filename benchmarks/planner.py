@@ -1,0 +1,323 @@
+"""The planner against a bare loop, its sketches against exact gradients: `make bench-planner` after `make demo`.
+
+    python benchmarks/planner.py runs/quickstart --output benchmarks/results/planner.md
+
+Bare loop: the backbone over a batch, the head over the positions that bear a loss, cross-entropy, backward; nothing
+else. It sees the same batches. Every ratio is of two things measured in turns in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from planner_bergson import bergson_section
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from merit_hf.config import MeritConfig
+from merit_hf.conflict import conflict_matrix
+from merit_hf.data import load_rows
+from merit_hf.gradients import GradientSettings, batches_of, dataset_gradient, trained_model, trained_parameters
+from merit_hf.loss import loss_sum
+from merit_hf.mixture import PreparedDataset, prepare_dataset
+from merit_hf.partition import split_by_conflict
+from merit_hf.sft import build_args, collate, load_model, load_tokenizer, open_loss
+from merit_hf.sketch import CountSketch, LayerSketch, Sketch, StrideSketch, layer_parts
+from merit_hf.versions import library_versions
+
+TOKENS_PER_BATCH = 512
+DIMS = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
+MEMORY = """
+import json, resource, sys
+from planner import quickstart
+folder, low_memory, checkpointing = sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "1"
+from pathlib import Path
+from merit_hf.gradients import GradientSettings, dataset_gradient
+from merit_hf.sft import open_loss
+from merit_hf.sketch import CountSketch
+model, tokenizer, args, mixture = quickstart(Path(folder), only=["sql"])
+loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with open_loss(model, tokenizer, args, mixture[0].train) as trainer:
+    settings = GradientSettings(1024, low_memory, checkpointing)
+    dataset_gradient(trainer, mixture[0].train, CountSketch(65536, 0), settings=settings)
+print(json.dumps([loaded * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("quickstart", type=Path, help="the folder that `make demo` made")
+    parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bergson", type=Path, help="folder with EleutherAI's bergson (see planner_bergson.py)")
+    options = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp(prefix="planner-"))
+    try:
+        model, tokenizer, args, mixture = quickstart(options.quickstart)
+        sections = [
+            speed_section(model, tokenizer, args, mixture, options.rounds),
+            sketch_section(model, tokenizer, args, mixture),
+            memory_section(options.quickstart),
+            processes_section(options.quickstart, scratch),
+            bergson_section(options.quickstart, options.bergson, scratch),
+        ]
+    finally:
+        shutil.rmtree(scratch)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    scale = options.output.with_name("planner_scale.md")
+    many = [scale.read_text(encoding="utf-8")] if scale.exists() else []
+    options.output.write_text("\n\n".join([head(), *sections, *many]) + "\n", encoding="utf-8")
+
+
+def head() -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    load = os.getloadavg()[2]
+    return (
+        "# The planner: speed, sketches, memory, processes\n\n"
+        f"Written by `make bench-planner` after `make demo`. Hardware: {platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, float32 on CPU (no accelerator: bf16 is not measured here); load average "
+        f"of the last 15 minutes {load:.1f}. Versions: python {platform.python_version()}, {versions}."
+    )
+
+
+def quickstart(
+    folder: Path, only: Sequence[str] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any, list[PreparedDataset]]:
+    """SmolLM2-135M and the quickstart's datasets, as planner and trainer see them."""
+    config = MeritConfig.from_yaml(folder / "quickstart.yaml")
+    args, base = build_args(config.sft), config.root / config.base.model_name_or_path
+    tokenizer, model = load_tokenizer(base), load_model(base, args)
+    specs = [spec for spec in config.datasets if only is None or spec.name in only]
+    loaded = [load_rows(spec, config.root) for spec in sorted(specs, key=lambda spec: spec.name)]
+    return model, tokenizer, args, [prepare_dataset(dataset, model, tokenizer, args) for dataset in loaded]
+
+
+def small_llama(vocabulary: int) -> PreTrainedModel:
+    """Five million parameters beside an embedding of 8,192 tokens; the quickstart's tokens are folded into it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=vocabulary, num_key_value_heads=3, tie_word_embeddings=True, **sizes)
+    )
+
+
+def speed_section(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: Any, mixture: list[PreparedDataset], rounds: int
+) -> str:
+    rows = mixture[-2].train
+    lines = []
+    for name, candidate in (("SmolLM2-135M", model), ("Llama, 5M", small_llama(len(tokenizer)))):
+        with open_loss(candidate, tokenizer, args, rows) as trainer:
+            found = rates(trainer, rows, rounds)
+        ours, trl, sketch = ([values[side] / values["bare"] for values in found] for side in ("ours", "trl", "sketch"))
+        lines.append(
+            f"| {name} | {spread([1 / r for r in ours])} | {spread([1 / r for r in trl])} | {spread(sketch, 4)} |"
+        )
+    return "\n".join(
+        [
+            "## Speed",
+            "",
+            "Tokens a second of `dataset_gradient` (batching, loss, backward, count sketch of 65,536 numbers, norm) "
+            f"as a share of a bare loop's, medians of {rounds} rounds with the lowest and highest. *TRL's loss*: the "
+            "same loop over `SFTTrainer.compute_loss`, which planning used before. *Sketch*: its time over the bare "
+            f"loop's on {len(rows)} examples ({sum(map(len, rows['input_ids']))} tokens); it is done once a dataset, "
+            "so with the default of 200 examples its share is that much smaller again.",
+            "",
+            "| model | ours / bare loop | TRL's loss / bare loop | sketch / bare loop |",
+            "|---|---|---|---|",
+            *lines,
+        ]
+    )
+
+
+def rates(trainer: SFTTrainer, rows: Any, rounds: int) -> list[dict[str, float]]:
+    """Seconds of a pass over `rows`, by way of doing it, each round in another order."""
+    from merit_hf import sft
+
+    model = trained_model(trainer)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    batches = batches_of(lengths, "token_mean", TOKENS_PER_BATCH)
+    settings = GradientSettings(TOKENS_PER_BATCH)
+
+    def bare(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        targets = batch["labels"][:, 1:]
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        logits = model.get_output_embeddings()(hidden[targets != -100])
+        return torch.nn.functional.cross_entropy(logits, targets[targets != -100], reduction="sum")
+
+    def loop(loss_of: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> None:
+        model.zero_grad(set_to_none=True)
+        for indices in batches:
+            loss_of(collate(trainer, rows, indices)).backward()
+
+    def sketch_only() -> None:
+        vector, sketch = torch.zeros(65536), CountSketch(65536, 0)
+        for name, parameter in trained_parameters(model):
+            sketch.add(vector, name, parameter)
+
+    sides: dict[str, Callable[[], object]] = {
+        "bare": lambda: loop(bare),
+        "ours": lambda: dataset_gradient(trainer, rows, CountSketch(65536, 0), settings=settings),
+        "trl": lambda: loop(lambda batch: sft.loss_sum(trainer, batch)),
+        "sketch": sketch_only,
+    }
+    found = []
+    with torch.no_grad():
+        one = collate(trainer, rows, batches[0])
+        assert abs(float(bare(one)) / float(loss_sum(trainer, one)) - 1) < 1e-5
+    for number in range(rounds + 1):
+        order = list(sides)[number % 4 :] + list(sides)[: number % 4]
+        taken = {side: seconds(sides[side]) for side in order}
+        if number:
+            found.append(taken)
+            print("speed", {side: f"{value:.2f}" for side, value in taken.items()}, flush=True)
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def sketch_section(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: Any, mixture: list[PreparedDataset]
+) -> str:
+    parameters = [(name, parameter.numel()) for name, parameter in trained_parameters(model)]
+    names = [name for name, _ in parameters]
+    sketches: dict[str, Sketch] = {f"count_sketch, {dim:,}": CountSketch(dim, 0) for dim in DIMS}
+    sketches["count_sketch, 262,144, by layer"] = LayerSketch(layer_parts(names, 2**18), 0)
+    sketches["stride 5 (the paper's)"] = StrideSketch(parameters, 5)
+    exact = StrideSketch(parameters, 1)
+    gradients, rows, cost, passes = [], {name: [] for name in sketches}, dict.fromkeys(sketches, 0.0), 0.0
+    for dataset in mixture:
+        with open_loss(model, tokenizer, args, dataset.train) as trainer:
+            start = time.perf_counter()
+            readout = dataset_gradient(trainer, dataset.train, exact, settings=GradientSettings(TOKENS_PER_BATCH))
+            passes += time.perf_counter() - start
+        gradients.append(readout.sketch)
+        whole = torch.from_numpy(readout.sketch)
+        pieces = list(
+            zip(sorted(parameters), torch.split(whole, [size for _, size in sorted(parameters)]), strict=True)
+        )
+        for name, sketch in sketches.items():
+            start = time.perf_counter()
+            vector = torch.zeros(sketch.dim)
+            for (parameter, _), piece in pieces:
+                sketch.add(vector, parameter, piece)
+            cost[name] += time.perf_counter() - start
+            rows[name].append(vector.numpy())
+        print("sketch", dataset.name, flush=True)
+    truth = conflict_matrix(gradients)
+    sizes = [dataset.counts.num_input_tokens for dataset in mixture]
+    groups = split_by_conflict(truth, sizes, 4)
+    upper = np.triu_indices(len(truth), 1)
+    lines = []
+    for name, sketch in sketches.items():
+        matrix = conflict_matrix(rows[name])
+        errors = np.abs(matrix - truth)[upper]
+        same = "same" if np.array_equal(split_by_conflict(matrix, sizes, 4), groups) else "other"
+        lines.append(
+            f"| {name} | {4 * sketch.dim / 1e6:,.2f} MB | {errors.max():.4f} | {errors.mean():.4f} | {same} | "
+            f"{cost[name] / passes:.1%} |"
+        )
+    tokens = sum(dataset.counts.num_input_tokens for dataset in mixture) // len(mixture)
+    return "\n".join(
+        [
+            "## Sketches",
+            "",
+            f"SmolLM2-135M on the quickstart's {len(mixture)} datasets ({tokens} tokens each on average), cosines "
+            f"{truth[upper].min():.3f} to {truth[upper].max():.3f}, against exact gradients ({len(gradients[0]):,} "
+            "numbers each). *Cost*: its time over that of the passes on these few tokens; with 200 examples the "
+            "passes are longer and it is not.",
+            "",
+            "| read-out | a dataset | largest error | mean error | 4 groups | cost |",
+            "|---|---|---|---|---|---|",
+            *lines,
+        ]
+    )
+
+
+def memory_section(folder: Path) -> str:
+    lines = []
+    for low_memory, checkpointing in itertools.product((0, 1), repeat=2):
+        command = [sys.executable, "-c", MEMORY, str(folder), str(low_memory), str(checkpointing)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        loaded, highest = json.loads(done.stdout.splitlines()[-1])
+        lines.append((low_memory, checkpointing, highest - loaded))
+        print("memory", lines[-1], flush=True)
+    plain = lines[0][2]
+    return "\n".join(
+        [
+            "## Memory",
+            "",
+            "Highest resident memory of a process that makes one dataset's gradient (SmolLM2-135M, micro-batches of "
+            "1,024 tokens), above what it had with the model loaded. All gradients are as large as the weights, 0.54 "
+            "GB; the largest parameter's is 0.11 GB.",
+            "",
+            "| `plan.low_memory` | `plan.gradient_checkpointing` | above the loaded model | share |",
+            "|---|---|---|---|",
+            *(
+                f"| {bool(low)} | {bool(checkpointing)} | {size / 1e9:.2f} GB | {size / plain:.2f} |"
+                for low, checkpointing, size in lines
+            ),
+        ]
+    )
+
+
+def processes_section(folder: Path, scratch: Path) -> str:
+    """`merit plan` of the quickstart with few samples by one process of one thread, and by two."""
+    config = scratch / "two.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\n"
+        'num_processes: 2\nmixed_precision: "no"\n'
+    )
+    found = []
+    for count in (1, 2, 2, 1):
+        launch = ["--config_file", str(config)] if count == 2 else ["--cpu", "--num_processes", "1"]
+        output = scratch / f"plan-{len(found)}"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *launch,
+                   "-m", "merit_hf.planner", str(folder / "quickstart.yaml"), "--output", str(output)]  # fmt: skip
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+        content = json.loads((output / "plan.json").read_text())
+        found.append((count, content["cost"]["gradient_seconds"], content["sha256"]))
+        print("processes", found[-1], flush=True)
+    alone = sum(taken for count, taken, _ in found if count == 1)
+    pair = sum(taken for count, taken, _ in found if count == 2)
+    same = "the same plan" if len({sha for *_, sha in found}) == 1 else "**different plans**"
+    return "\n".join(
+        [
+            "## Two processes",
+            "",
+            f"Gradients of the quickstart by `accelerate launch -m merit_hf.planner`, one thread a process: two "
+            f"processes are {alone / pair:.2f} times as fast as one, and make {same}. Datasets are handed out one by "
+            "one, so the ratio is bounded by the last dataset, which one process finishes alone, and by memory "
+            "bandwidth and caches, which the cores of this machine share.",
+        ]
+    )
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
