@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ import numpy as np
 
 from merit_hf import tables
 from merit_hf.config import ConfigError, MeritError
+from merit_hf.conflict import conflict_matrix
 from merit_hf.readouts import SKETCHES_NAME, open_sketches
 from merit_hf.sharing.untrusted import check_pinned, vet_plan
+from merit_hf.tables import ConflictPairs
 from merit_hf.tables import PlannedDataset as PlannedDataset
 from merit_hf.tables import PlannedGroup as PlannedGroup
 
@@ -32,6 +35,21 @@ LOCAL_NAME = "local.json"
 # What plan.json holds of a plan; the tables hold the rest.
 _CONTENT = ("config", "base", "sft", "explained", "bounds", "skipped", "cost", "versions", "inputs_sha256")
 _COUNTS = ("num_examples", "num_input_tokens", "num_loss_tokens")
+
+
+class _Lazy:
+    """A field that may be set to a function, which is called when the value is first asked for."""
+
+    def __get__(self, plan: PartitionPlan | None, owner: type) -> np.ndarray | None:
+        if plan is None:
+            return None
+        value = plan.__dict__["_conflict_matrix"]
+        if callable(value):
+            value = plan.__dict__["_conflict_matrix"] = value()
+        return value
+
+    def __set__(self, plan: PartitionPlan, value: np.ndarray | Callable[[], np.ndarray | None] | None) -> None:
+        plan.__dict__["_conflict_matrix"] = value
 
 
 @dataclass
@@ -45,10 +63,12 @@ class PartitionPlan:
         groups: 0 … K−1.
         sft: the identity fields of the SFT settings.
         peft: LoRA settings as PEFT resolved them, valid as fields of LoraConfig; empty where all weights are trained.
-        conflict_matrix: float64 [T, T] in the order of `datasets`; None where the split needs no gradients.
+        conflict_matrix: [T, T] in the order of `datasets`; None where the split needs no gradients. Of a loaded plan
+            of more than 1,000 datasets it is made of the sketches when it is first asked for; see `is_measured`.
         explained: share of the variance of C on each axis. bounds: what can be trusted of the axes.
         skipped: datasets left out, with the reason.
         inputs_sha256: of what the planner was given; the same inputs are not planned twice.
+        parent_sha256: of the plan that `merit extend` made this one of.
         supplied: {dataset: file} as [`supply`] was told.
         local: {"base": folder, "datasets": {name: {"path", "eval_path"}}, "root": folder} on this machine.
     """
@@ -59,7 +79,7 @@ class PartitionPlan:
     groups: list[PlannedGroup]
     sft: dict[str, Any]
     peft: dict[str, Any] = field(default_factory=dict)
-    conflict_matrix: np.ndarray | None = None
+    conflict_matrix: _Lazy = _Lazy()
     explained: list[float] = field(default_factory=list)
     bounds: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
@@ -71,10 +91,26 @@ class PartitionPlan:
     local: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     supplied: dict[str, str] = field(default_factory=dict)
+    parent_sha256: str | None = None
 
     @property
     def num_groups(self) -> int:
         return len(self.groups)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the plan has a conflict matrix; asking does not make it."""
+        return self.__dict__["_conflict_matrix"] is not None
+
+    def conflict_pairs(self) -> ConflictPairs | None:
+        """The pairs that data/conflict.parquet lists, without the whole matrix where the plan lies in a folder."""
+        if not self.is_measured:
+            return None
+        if callable(self.__dict__["_conflict_matrix"]) and self.folder is not None:
+            return tables.read_conflict(self.folder, self.names)
+        matrix = self.conflict_matrix
+        assert matrix is not None
+        return tables.conflict_pairs(matrix)
 
     @property
     def names(self) -> list[str]:
@@ -133,8 +169,15 @@ class PartitionPlan:
 
         return fetch_model(self.base["repo_id"], self.base["revision"])
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write plan.json, tables, local.json, figures and card. The planner puts the sketches beside them."""
+    def save_pretrained(self, folder: str | Path, pairs: ConflictPairs | None = None) -> None:
+        """Write plan.json, tables, local.json, figures and card. The planner puts the sketches beside them.
+
+        The picture of a matrix that was not asked for is taken from the plan's own folder, where it is there.
+
+        Args:
+            pairs ([`~tables.ConflictPairs`], *optional*): what data/conflict.parquet lists, where that is known
+                without the whole matrix.
+        """
         from merit_hf.cards import plan_dataset_card
         from merit_hf.figures import save_plan_figures
 
@@ -142,10 +185,15 @@ class PartitionPlan:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         tables.write_datasets(folder, self.datasets)
         tables.write_groups(folder, self.groups)
-        if self.conflict_matrix is not None:
-            tables.write_conflict(folder, self.names, self.conflict_matrix)
-        save_plan_figures(self, folder)
-        (folder / "README.md").write_text(plan_dataset_card(self), encoding="utf-8")
+        pairs = pairs or self.conflict_pairs()
+        if pairs is not None:
+            tables.write_conflict(folder, self.names, pairs)
+        picture = (self.folder or folder) / "figures" / "conflict.png"
+        at_hand = callable(self.__dict__["_conflict_matrix"]) and picture.is_file() and picture.parent.parent != folder
+        save_plan_figures(self, folder, with_matrix=not at_hand)
+        if at_hand:
+            shutil.copyfile(picture, folder / "figures" / "conflict.png")
+        (folder / "README.md").write_text(plan_dataset_card(self, pairs), encoding="utf-8")
         self.save_settings(folder)
 
     def save_settings(self, folder: Path) -> None:
@@ -171,6 +219,7 @@ class PartitionPlan:
             "bounds": self.bounds,
             "skipped": self.skipped,
             "inputs_sha256": self.inputs_sha256,
+            **({"parent_sha256": self.parent_sha256} if self.parent_sha256 else {}),
             "cost": self.cost,
             "versions": self.versions,
         }  # fmt: skip
@@ -199,9 +248,10 @@ class PartitionPlan:
                 revision=sha,
                 folder=folder,
                 peft=content.get("peft", {}),
+                parent_sha256=content.get("parent_sha256"),
                 **{key: content[key] for key in _CONTENT},
             )
-            plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches)
+            plan._find_conflicts(folder)
             plan._check_identity(content["sha256"], folder)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MeritError(f"{folder}: not a complete plan ({type(error).__name__}: {error}).") from error
@@ -246,6 +296,20 @@ class PartitionPlan:
 
             fetch_sketches(self.repo_id, self.revision, SKETCHES_NAME)
         return open_sketches(path) if path.exists() else None
+
+    def _find_conflicts(self, folder: Path) -> None:
+        """Set the matrix: from its table, or, where that holds extreme pairs, from the sketches when asked for."""
+        if len(self.datasets) > tables.MAX_ALL_PAIRS:
+            if (folder / "data" / "conflict.parquet").exists():
+                self.conflict_matrix = self._matrix_of_sketches
+            return
+        pairs = tables.read_conflict(folder, self.names)
+        if pairs is not None:
+            self.conflict_matrix = tables.all_pairs_matrix(pairs, len(self.datasets))
+
+    def _matrix_of_sketches(self) -> np.ndarray | None:
+        sketches = self.load_sketches()
+        return None if sketches is None else conflict_matrix(sketches)
 
     def _check_identity(self, recorded: str, folder: Path) -> None:
         total = sum(group.train_input_tokens for group in self.groups)

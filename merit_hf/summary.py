@@ -44,7 +44,7 @@ def plan_summary(plan: PartitionPlan) -> list[Any]:
     dropped = sum(dataset.num_dropped for dataset in plan.datasets)
     if truncated or dropped:
         lines.append(f"{truncated} examples were cut to max_length, {dropped} dropped because no loss token was left.")
-    if plan.conflict_matrix is not None and len(plan.datasets) > 1:
+    if plan.is_measured and len(plan.datasets) > 1:
         lines.append(cosine_sentence(plan))
         lines.append(verdict_sentence(plan))
     return lines

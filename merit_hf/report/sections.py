@@ -34,7 +34,7 @@ def plan_facts(plan: PartitionPlan) -> dict[str, Any]:
         "charts": [charts.sizes_chart(plan.names, groups, tokens, totals)],
         "conflict": None,
     }
-    if plan.conflict_matrix is not None and len(plan.datasets) > 1:
+    if plan.is_measured and len(plan.datasets) > 1:
         coordinates = np.array([dataset.coordinates for dataset in plan.datasets])
         facts["charts"] += [
             charts.conflict_chart(plan.conflict_matrix, plan.names, groups),
@@ -190,7 +190,7 @@ def _groups_table(plan: PartitionPlan) -> Table:
 
 
 def _datasets_table(plan: PartitionPlan) -> Table:
-    measured = plan.conflict_matrix is not None
+    measured = plan.is_measured
     axes = max((len(dataset.coordinates) for dataset in plan.datasets), default=0)
     columns = [("dataset", "text"), ("group", "number"), ("examples", "number"), ("tokens", "number"),
                ("with loss", "number"), ("cut", "number"), ("dropped", "number")]  # fmt: skip
