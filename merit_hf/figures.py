@@ -56,14 +56,13 @@ def save_plan_figures(plan: PartitionPlan, folder: Path, with_matrix: bool = Tru
     written = ["figures/groups.png"]
     save_group_sizes(names, groups, tokens, folder / written[0])
     if plan.is_measured:
-        written += ["figures/axes.png", "figures/conflict.png"]
-        coordinates = np.array([dataset.coordinates for dataset in plan.datasets])
-        save_pca_scatter(coordinates, names, groups, plan.explained, tokens, folder / written[1])
         matrix = plan.conflict_matrix if with_matrix else None
         if matrix is not None:
-            save_conflict_heatmap(matrix, names, groups, folder / written[2])
-        else:
-            del written[2]
+            written.append("figures/conflict.png")
+            save_conflict_heatmap(matrix, names, groups, folder / written[-1])
+        written.append("figures/axes.png")
+        coordinates = np.array([dataset.coordinates for dataset in plan.datasets])
+        save_pca_scatter(coordinates, names, groups, plan.explained, tokens, folder / written[-1])
     return written
 
 

@@ -47,7 +47,10 @@ def project_onto_axes(
         images = images - images.mean(axis=0)
     squares = (coordinates**2).sum(axis=0)
     loadings = np.divide(images, squares, out=np.zeros_like(images), where=squares > 1e-18 * count)
-    return (cosines - (means[:, None] if column_means else 0.0)).T @ loadings
+    placed = (cosines - (means[:, None] if column_means else 0.0)).T @ loadings
+    # As coarse as the plan's own, so that how many come at a time makes no difference.
+    scale = max(float(squares.max()) ** 0.5, 1.0)
+    return np.round(placed / scale, 10) * scale + 0.0
 
 
 def sides_of_cuts(

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from merit_hf.conflict import MANY_DATASETS, row_blocks
+from merit_hf.conflict import MANY_DATASETS
 
 # Beyond this many datasets conflict.parquet holds extreme pairs only; the whole matrix follows from the sketches.
 MAX_ALL_PAIRS = MANY_DATASETS
@@ -161,9 +161,9 @@ def conflict_pairs(matrix: np.ndarray) -> ConflictPairs:
         rows, columns = np.nonzero(~np.eye(count, dtype=bool))
         return ConflictPairs(rows, columns, matrix[rows, columns])
     picked = np.empty((count, 2 * EXTREME_PAIRS), dtype=np.int64)
-    for rows in row_blocks(count):
-        others = np.arange(count)
-        picked[rows] = [_extremes(matrix[row], np.delete(others, row)) for row in range(rows.start, rows.stop)]
+    others = np.arange(count)
+    for row in range(count):
+        picked[row] = _extremes(matrix[row], np.delete(others, row))
     rows, columns = np.repeat(np.arange(count), 2 * EXTREME_PAIRS), picked.ravel()
     return ConflictPairs(rows, columns, matrix[rows, columns])
 
@@ -186,7 +186,8 @@ def extend_pairs(
         return conflict_pairs(matrix)
     # A row's extremes are among its old ones and the new cosines.
     listed = np.split(np.arange(len(pairs.rows)), np.searchsorted(pairs.rows, np.arange(1, len(old))))
-    picked, values = [None] * count, [None] * count
+    picked = np.empty((count, 2 * EXTREME_PAIRS), dtype=np.int64)
+    values = np.empty(picked.shape)
     for row, mine in enumerate(listed):
         columns = np.concatenate([old[pairs.columns[mine]], new])
         cosines = np.concatenate([pairs.cosines[mine], cross[row]])
@@ -197,9 +198,7 @@ def extend_pairs(
         cosines = np.concatenate([cross[:, number], np.delete(among[number], number)])
         chosen = _extremes(cosines, np.arange(len(columns)), columns)
         picked[place], values[place] = columns[chosen], cosines[chosen]
-    return ConflictPairs(
-        np.repeat(np.arange(count), 2 * EXTREME_PAIRS), np.concatenate(picked), np.concatenate(values)
-    )
+    return ConflictPairs(np.repeat(np.arange(count), 2 * EXTREME_PAIRS), picked.ravel(), values.ravel())
 
 
 def _extremes(cosines: np.ndarray, candidates: np.ndarray, ties: np.ndarray | None = None) -> np.ndarray:
