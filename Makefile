@@ -2,7 +2,11 @@
 # make test      set up and run the tests (make test-all: the slow ones too)
 # make browser   install Chromium, which the tests of the report open, where there is none (Debian, Ubuntu)
 # make quality   lint, format, types, import directions
-# make bench     the benchmarks, into benchmarks/results (make bench-merge: the merge against the disk and mergekit)
+# make bench     the benchmarks, into benchmarks/results (make bench-scale: $(VENV)/dev.done
+	$(BIN)/python benchmarks/planner_scale.py --output benchmarks/results/planner_scale.md
+
+bench-merge: the merge against the disk and mergekit;
+#                make bench-scale: plans of ten thousand datasets)
 # make screenshots  docs/tour.md and its pictures, from a finished quickstart
 
 PYTHON ?= python3
@@ -11,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/quickstart
 
-.PHONY: demo test test-slow test-all browser bench bench-merge screenshots quality format clean
+.PHONY: demo test test-slow test-all browser bench bench-merge bench-scale screenshots quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt

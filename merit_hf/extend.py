@@ -196,7 +196,7 @@ class _Projection:
         stored = plan.load_sketches()
         if stored is None:
             raise MeritError(f"{plan.folder}: the plan's sketches are missing. Restore sketches.safetensors.")
-        old_rows = list(stored)
+        old_rows = list(np.asarray(stored))
         new_rows = [np.asarray(readout.sketch) for readout in readouts]
         cosines = cross_cosines(old_rows, new_rows)
         coordinates, projected = self._place(old_rows, new_rows, cosines)

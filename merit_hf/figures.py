@@ -159,7 +159,9 @@ def save_pca_scatter(
         axes.axvline(0, color="#bbbbbb", lw=0.8, zorder=0)
         axes.set_xlabel(_axis_label(0, explained))
         axes.set_ylabel(_axis_label(other or 1, explained))
-    note = "" if len(names) <= _MAX_NAMES else "; named: the outermost"
+    # In a crowd of thousands a name would stand far from its point.
+    named = len(names) <= _MAX_POINTS
+    note = "" if len(names) <= _MAX_NAMES or not named else "; named: the outermost"
     figure.suptitle(f"The datasets on the main axes of conflict (area: tokens{note})", fontsize=10)
     legend = panels[0].legend(
         loc="best", fontsize=8, markerscale=min(0.6 / crowd**0.5, 4.0), ncols=1 + len(set(groups)) // 9
@@ -167,7 +169,7 @@ def save_pca_scatter(
     # Places in pixels are final only once every panel is laid out.
     FigureCanvasAgg(figure).draw()
     figure.set_layout_engine("none")
-    for axes, y in zip(panels, heights, strict=True):
+    for axes, y in zip(panels, heights, strict=True) if named else ():
         _annotate(figure, axes, x, y, names, legend.get_window_extent() if axes is panels[0] else None)
     _save(figure, path)
 

@@ -11,7 +11,7 @@ from merit_hf.conflict import MANY_DATASETS, row_blocks
 
 # Vectors multiplied at once, and how many such blocks are tried, for the axes of a large matrix.
 _BLOCK_VECTORS = 32
-_MAX_BLOCKS = 40
+_MAX_BLOCKS = 24
 
 
 def principal_axes(matrix: np.ndarray, num_axes: int, center: str = "column") -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +56,7 @@ def leading_axes(matrix: np.ndarray, count: int, center: str = "column") -> tupl
     Block Krylov iteration (Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate
     singular value decomposition", 2015) from a fixed start: a product with 32 vectors costs hardly more than with
     one, and close singular values inside a block do not slow it down. It ends where ‖A Aᵀ u − σ² u‖ is rounding
-    noise, or at 40 blocks, where the values that are wanted differ too little for their axes to mean anything.
+    noise, or at 24 blocks, where the values that are wanted differ too little for their axes to mean anything.
     """
     left, right = center in ("column", "double"), center == "double"
     tolerance = 1e-13 if matrix.dtype == np.float64 else 1e-9

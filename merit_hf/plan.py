@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.conflict import conflict_matrix
 from merit_hf.readouts import SKETCHES_NAME, open_sketches
 from merit_hf.sharing.untrusted import check_pinned, vet_plan
-from merit_hf.tables import ConflictPairs
+from merit_hf.tables import ConflictPairs, LazyMatrix
 from merit_hf.tables import PlannedDataset as PlannedDataset
 from merit_hf.tables import PlannedGroup as PlannedGroup
 
@@ -35,21 +35,6 @@ LOCAL_NAME = "local.json"
 # What plan.json holds of a plan; the tables hold the rest.
 _CONTENT = ("config", "base", "sft", "explained", "bounds", "skipped", "cost", "versions", "inputs_sha256")
 _COUNTS = ("num_examples", "num_input_tokens", "num_loss_tokens")
-
-
-class _Lazy:
-    """A field that may be set to a function, which is called when the value is first asked for."""
-
-    def __get__(self, plan: PartitionPlan | None, owner: type) -> np.ndarray | None:
-        if plan is None:
-            return None
-        value = plan.__dict__["_conflict_matrix"]
-        if callable(value):
-            value = plan.__dict__["_conflict_matrix"] = value()
-        return value
-
-    def __set__(self, plan: PartitionPlan, value: np.ndarray | Callable[[], np.ndarray | None] | None) -> None:
-        plan.__dict__["_conflict_matrix"] = value
 
 
 @dataclass
@@ -79,7 +64,7 @@ class PartitionPlan:
     groups: list[PlannedGroup]
     sft: dict[str, Any]
     peft: dict[str, Any] = field(default_factory=dict)
-    conflict_matrix: _Lazy = _Lazy()
+    conflict_matrix: LazyMatrix = LazyMatrix()  # noqa: RUF009 (a descriptor is shared by design)
     explained: list[float] = field(default_factory=list)
     bounds: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
@@ -100,13 +85,13 @@ class PartitionPlan:
     @property
     def is_measured(self) -> bool:
         """Whether the plan has a conflict matrix; asking does not make it."""
-        return self.__dict__["_conflict_matrix"] is not None
+        return self.__dict__[LazyMatrix.NAME] is not None
 
     def conflict_pairs(self) -> ConflictPairs | None:
         """The pairs that data/conflict.parquet lists, without the whole matrix where the plan lies in a folder."""
         if not self.is_measured:
             return None
-        if callable(self.__dict__["_conflict_matrix"]) and self.folder is not None:
+        if callable(self.__dict__[LazyMatrix.NAME]) and self.folder is not None:
             return tables.read_conflict(self.folder, self.names)
         matrix = self.conflict_matrix
         assert matrix is not None
@@ -189,7 +174,7 @@ class PartitionPlan:
         if pairs is not None:
             tables.write_conflict(folder, self.names, pairs)
         picture = (self.folder or folder) / "figures" / "conflict.png"
-        at_hand = callable(self.__dict__["_conflict_matrix"]) and picture.is_file() and picture.parent.parent != folder
+        at_hand = callable(self.__dict__[LazyMatrix.NAME]) and picture.is_file() and picture.parent.parent != folder
         save_plan_figures(self, folder, with_matrix=not at_hand)
         if at_hand:
             shutil.copyfile(picture, folder / "figures" / "conflict.png")

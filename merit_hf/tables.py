@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -99,6 +100,24 @@ def write_groups(folder: Path, groups: Sequence[PlannedGroup]) -> None:
 def read_groups(folder: Path) -> list[PlannedGroup]:
     """The rows of data/groups.parquet."""
     return [PlannedGroup(**row) for row in pq.read_table(folder / "data" / "groups.parquet").to_pylist()]
+
+
+class LazyMatrix:
+    """A plan's conflict matrix, which may be set to a function that is called when the matrix is first asked for."""
+
+    NAME = "_conflict_matrix"
+
+    def __get__(self, plan: Any, owner: type) -> np.ndarray | None:
+        if plan is None:
+            # The field's default.
+            return None
+        value = plan.__dict__[self.NAME]
+        if callable(value):
+            value = plan.__dict__[self.NAME] = value()
+        return value
+
+    def __set__(self, plan: Any, value: np.ndarray | Callable[[], np.ndarray | None] | None) -> None:
+        plan.__dict__[self.NAME] = value
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,9 @@ def test_adding_one_and_one_is_adding_two(plan: PartitionPlan, entries: Callable
     assert two.sha256 == both.sha256
     assert two.parent_sha256 == one.sha256 != both.parent_sha256
     assert np.array_equal(two.load_sketches(), both.load_sketches())
-    assert [(r.name, r.group, r.projected_group, r.coordinates) for r in two.datasets] == [
-        (r.name, r.group, r.projected_group, r.coordinates) for r in both.datasets
-    ]
+    for here, there in zip(two.datasets, both.datasets, strict=True):
+        assert replace(here, coordinates=[]) == replace(there, coordinates=[])
+        assert here.coordinates == pytest.approx(there.coordinates, abs=1e-9)
     assert np.allclose(two.conflict_matrix, both.conflict_matrix, atol=1e-12)
     assert changes(one, two)["to_train"] == [3], "a branch that was there is left alone"
     told = changes(plan, extend_plan(plan, read_extension(entries(*NEW), plan), tmp_path / "by", branches="group",
@@ -176,7 +177,7 @@ def test_a_taken_name_another_base_and_a_plan_without_gradients_are_refused(
     with pytest.raises(ConfigError, match="another base: weights"):
         extend_plan(moved, read_extension(entries("upper"), plan), tmp_path / "out", progress=QUIET)
     drawn = planned(mixture, tmp_path / "random", "plan.split=random")
-    with pytest.raises(ConfigError, match="plan.split=random stores no gradients"):
+    with pytest.raises(ConfigError, match=r"plan.split=random stores no gradients"):
         extend_plan(drawn, read_extension(entries("upper"), plan), tmp_path / "out", progress=QUIET)
     with pytest.raises(ConfigError, match="mode 'other'"):
         extend_plan(plan, [], tmp_path / "out", mode="other")
@@ -197,10 +198,7 @@ def test_the_command_then_training_the_branch_and_merging_old_and_new(
     assert "has a dataset `copy` already" in refused.stderr
     assert "Traceback" not in refused.stderr
     extended = PartitionPlan.from_pretrained(tmp_path / "plan")
-    groups = [
-        train_group(plan, 0, tmp_path / "0", progress=QUIET),
-        train_group(plan, 1, tmp_path / "1", progress=QUIET),
-    ]
+    groups = [train_group(plan, number, tmp_path / str(number), progress=QUIET) for number in (0, 1)]
     groups.append(train_group(extended, 2, tmp_path / "2", progress=QUIET))
     for group in groups:
         result = verify_checkpoint(extended, group)

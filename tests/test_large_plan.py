@@ -173,7 +173,7 @@ def test_a_loaded_plan_makes_its_matrix_only_when_asked(rows: np.ndarray, tmp_pa
     pairs = again.conflict_pairs()
     assert pairs is not None
     assert f"{pairs.most_extreme(1)[0][0][2]:.3f}" in card
-    assert callable(again.__dict__["_conflict_matrix"]), "the card needs the pairs alone"
+    assert callable(again.__dict__[tables.LazyMatrix.NAME]), "the card needs the pairs alone"
     assert np.array_equal(again.conflict_matrix, conflict_matrix(rows))
 
 
