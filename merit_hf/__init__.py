@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from merit_hf.config import MeritError as MeritError
     from merit_hf.diagnosis.diagnose import diagnose as diagnose
     from merit_hf.evaluation.evaluate import evaluate_models as evaluate_models
+    from merit_hf.extend import extend_plan as extend_plan
     from merit_hf.group_merge import merge_groups as merge_groups
     from merit_hf.plan import PartitionPlan as PartitionPlan
     from merit_hf.planner import MeritPlanner as MeritPlanner
@@ -28,6 +29,7 @@ _WHERE = {
     "PartitionPlan": "plan",
     "diagnose": "diagnosis.diagnose",
     "evaluate_models": "evaluation.evaluate",
+    "extend_plan": "extend",
     "merge_groups": "group_merge",
     "train_group": "training",
     "verify_checkpoint": "verification.verify",

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import numpy as np
 import yaml
 from huggingface_hub import DatasetCardData, ModelCardData
 
 from merit_hf.card_evaluation import answer_table, eval_results, evaluation_table, harness_table
 from merit_hf.config import MeritError
+from merit_hf.conflict import MANY_DATASETS
 from merit_hf.text import (
     Markdown,
     code,
@@ -30,6 +30,7 @@ from merit_hf.text import (
 
 if TYPE_CHECKING:
     from merit_hf.plan import PartitionPlan
+    from merit_hf.tables import ConflictPairs
 
 # What each `plan.split` does with the datasets.
 _SPLITS = {
@@ -46,9 +47,9 @@ _MAX_PAIRS = 5
 _MAX_NOTE = 2000
 
 
-def plan_dataset_card(plan: PartitionPlan) -> str:
-    """README.md of a plan; its `configs:` make the Hub's viewer show the tables."""
-    shown = [table for table in _TABLES if table != "conflict" or plan.conflict_matrix is not None]
+def plan_dataset_card(plan: PartitionPlan, pairs: ConflictPairs | None = None) -> str:
+    """README.md of a plan; its `configs:` make the Hub's viewer show the tables. `pairs`: where they are at hand."""
+    shown = [table for table in _TABLES if table != "conflict" or plan.is_measured]
     configs = [
         {
             "config_name": table,
@@ -67,7 +68,9 @@ def plan_dataset_card(plan: PartitionPlan) -> str:
         how=_SPLITS[plan.config["plan"]["split"]],
         groups=plan.groups,
         members={group.group: _names(group.datasets) for group in plan.groups},
-        pairs=_extreme_pairs(plan),
+        pairs=_extreme_pairs(plan, pairs),
+        tested=MANY_DATASETS,
+        added=[dataset.name for dataset in plan.datasets if dataset.projected_group is not None],
         bounds=_bounds(plan),
         settings=_settings(plan.sft),
         lora=_lora(plan.peft) if plan.peft else None,
@@ -292,19 +295,18 @@ def _lora(peft: Mapping[str, Any]) -> Markdown:
     return _settings({name: value for name, value in told.items() if value not in ({}, False)})
 
 
-def _extreme_pairs(plan: PartitionPlan) -> dict[str, Markdown] | None:
-    if plan.conflict_matrix is None or len(plan.datasets) < 2:
+def _extreme_pairs(plan: PartitionPlan, pairs: ConflictPairs | None) -> dict[str, Markdown] | None:
+    if not plan.is_measured or len(plan.datasets) < 2:
         return None
-    rows, columns = np.triu_indices(len(plan.datasets), 1)
-    cosines = plan.conflict_matrix[rows, columns]
-    order = np.argsort(cosines, kind="stable")
+    pairs = pairs or plan.conflict_pairs()
+    assert pairs is not None
 
-    def listed(indices: np.ndarray) -> Markdown:
-        cells = [[plan.names[rows[i]], plan.names[columns[i]], f"{cosines[i]:.3f}"] for i in indices]
+    def listed(extreme: Sequence[tuple[int, int, float]]) -> Markdown:
+        cells = [[plan.names[first], plan.names[second], f"{cosine:.3f}"] for first, second, cosine in extreme]
         return markdown_table(("dataset", "dataset", "cosine"), cells)
 
-    count = min(_MAX_PAIRS, max(1, len(order) // 2))
-    return {"conflicting": listed(order[:count]), "aligned": listed(order[::-1][:count])}
+    lowest, highest = pairs.most_extreme(_MAX_PAIRS)
+    return {"conflicting": listed(lowest), "aligned": listed(highest)}
 
 
 def _bounds(plan: PartitionPlan) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from merit_hf import cli_hub
+from merit_hf import cli_hub, cli_plan
 from merit_hf.cli_options import (
     AccelerateConfig,
     ConfigArgument,
@@ -337,7 +337,7 @@ def run(
         say(*run_summary(result, output))
 
 
-for command in cli_hub.COMMANDS:
+for command in (*cli_plan.COMMANDS, *cli_hub.COMMANDS):
     app.command()(command)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import typing
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,7 +186,7 @@ class MeritConfig(_Section):
                 out of range, dataset names repeat, or there are more groups than datasets.
         """
         path = Path(path)
-        content = _read_mapping(path)
+        content = read_mapping(path)
         for override in overrides:
             _apply_override(content, override)
         config = cls.from_dict(content, source=str(path), root=path.resolve().parent)
@@ -216,7 +217,7 @@ class MeritConfig(_Section):
 
     def _check_across(self, source: str) -> None:
         names = [dataset.name for dataset in self.datasets]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated:
             places = [f"datasets[{i}]" for i, name in enumerate(names) if name == repeated[0]]
             raise ConfigError(
@@ -290,7 +291,8 @@ def parse_value(text: str) -> Any:
     return yaml.load(text, _Loader) if text else None
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, needs: str = "It needs at least `base:` and `datasets:`.") -> dict[str, Any]:
+    """The YAML mapping in a file. Raises ConfigError where it is none; `needs` says what an empty one lacks."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -302,7 +304,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         line = f" at line {where.line + 1}" if where else ""
         raise ConfigError(f"{path}: not valid YAML{line}: {getattr(error, 'problem', error)}.") from None
     if content is None:
-        raise ConfigError(f"{path}: the file is empty. It needs at least `base:` and `datasets:`.")
+        raise ConfigError(f"{path}: the file is empty. {needs}")
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path}: expected a mapping with `base:` and `datasets:`, found a {type(content).__name__}."

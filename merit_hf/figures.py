@@ -37,26 +37,40 @@ _MAX_LABELS = 80
 _MAX_TICKS = 150
 _MAX_NAMES = 40
 _MAX_VALUES = 16
+# Points along a heatmap; more datasets are averaged. Members of a group that are clustered; more join the nearest.
+_MAX_POINTS = 1000
+_MAX_CLUSTERED = 1000
+# Beyond this many datasets the parts of a bar would be thinner than their edges.
+_MAX_PARTS = 200
 
 
-def save_plan_figures(plan: PartitionPlan, folder: Path) -> list[str]:
-    """Write the figures that a plan has into `folder`/figures; returns their paths relative to `folder`."""
+def save_plan_figures(plan: PartitionPlan, folder: Path, with_matrix: bool = True) -> list[str]:
+    """Write the figures that a plan has into `folder`/figures; returns their paths relative to `folder`.
+
+    `with_matrix`: also the one that needs the whole conflict matrix.
+    """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     names = [public_text(name, 40) for name in plan.names]
     groups = [dataset.group for dataset in plan.datasets]
     tokens = [dataset.num_input_tokens for dataset in plan.datasets]
     written = ["figures/groups.png"]
     save_group_sizes(names, groups, tokens, folder / written[0])
-    if plan.conflict_matrix is not None:
-        written += ["figures/conflict.png", "figures/axes.png"]
-        save_conflict_heatmap(plan.conflict_matrix, names, groups, folder / written[1])
+    if plan.is_measured:
+        matrix = plan.conflict_matrix if with_matrix else None
+        if matrix is not None:
+            written.append("figures/conflict.png")
+            save_conflict_heatmap(matrix, names, groups, folder / written[-1])
+        written.append("figures/axes.png")
         coordinates = np.array([dataset.coordinates for dataset in plan.datasets])
-        save_pca_scatter(coordinates, names, groups, plan.explained, tokens, folder / written[2])
+        save_pca_scatter(coordinates, names, groups, plan.explained, tokens, folder / written[-1])
     return written
 
 
 def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequence[int], path: Path) -> None:
     """Cosines between datasets, group by group, alike datasets side by side; red where they conflict.
+
+    More datasets than the picture has points are averaged, block by block, without the diagonal; then names would say
+    nothing, and the groups' numbers alone are written.
 
     Args:
         matrix: C, [T, T]. groups: the group of each dataset, [T].
@@ -66,12 +80,13 @@ def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequ
     side = float(np.clip(2.2 + 0.36 * min(count, _MAX_LABELS), 3.8, 14.0))
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     axes = figure.subplots()
-    shown = matrix[np.ix_(order, order)]
-    off_diagonal = np.abs(shown[~np.eye(count, dtype=bool)])
+    shown, width = averaged(matrix, order, _MAX_POINTS)
+    off_diagonal = np.abs(shown[~np.eye(len(shown), dtype=bool)])
     limit = float(np.clip(np.ceil(10 * off_diagonal.max()) / 10, 0.1, 1.0)) if off_diagonal.size else 1.0
-    image = axes.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+    extent = (-0.5, count - 0.5, count - 0.5, -0.5)
+    image = axes.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest", extent=extent)
     figure.colorbar(image, ax=axes, shrink=0.75, label=f"cosine (colours end at ±{limit:.1f})")
-    step = _label_ticks(axes, [names[index] for index in order])
+    step = _label_ticks(axes, [names[index] for index in order]) if width == 1 else 0
     if count <= _MAX_VALUES:
         for row in range(count):
             for column in range(count):
@@ -95,7 +110,12 @@ def save_conflict_heatmap(matrix: np.ndarray, names: Sequence[str], groups: Sequ
             weight="bold", ha="center", va="bottom",
         )  # fmt: skip
         start += size
-    note = "" if step == 1 else f"; 1 name in {step} is shown"
+    if width > 1:
+        note = f"; {count:,} datasets, a point is the mean of up to {width} × {width} pairs"
+        axes.set_xticks([])
+        axes.set_yticks([])
+    else:
+        note = "" if step == 1 else f"; 1 name in {step} is shown"
     axes.set_title(
         f"Which datasets pull together (blue) and which conflict (red)\nboxes: the groups, numbered{note}",
         fontsize=10,
@@ -122,7 +142,9 @@ def save_pca_scatter(
     panels = figure.subplots(1, len(others), squeeze=False)[0]
     sizes = np.asarray(num_input_tokens, dtype=float)
     crowd = min(1.0, _MAX_LABELS / len(names))
-    areas = (30 + 220 * sizes / max(sizes.max(), 1.0)) * crowd
+    # Points of a crowd get smaller, but stay visible: no edge, and see-through where they lie on each other.
+    areas = np.maximum((30 + 220 * sizes / max(sizes.max(), 1.0)) * crowd, 3.0)
+    edge, alpha = ("white", 0.85) if len(names) <= _MAX_POINTS else ("none", 0.4)
     x = coordinates[:, 0]
     heights = [np.zeros(len(x)) if other is None else coordinates[:, other] for other in others]
     for axes, other, y in zip(panels, others, heights, strict=True):
@@ -130,31 +152,41 @@ def save_pca_scatter(
             mine = np.array(groups) == group
             axes.scatter(
                 x[mine], y[mine], s=areas[mine], color=_COLOURS[group % 8], marker=_MARKERS[group // 8 % 8],
-                alpha=0.85, edgecolor="white", label=f"group {group}",
+                alpha=alpha, edgecolor=edge, label=f"group {group}",
             )  # fmt: skip
         axes.margins(x=0.24, y=0.14)
         axes.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
         axes.axvline(0, color="#bbbbbb", lw=0.8, zorder=0)
         axes.set_xlabel(_axis_label(0, explained))
         axes.set_ylabel(_axis_label(other or 1, explained))
-    note = "" if len(names) <= _MAX_NAMES else "; named: the outermost"
+    # In a crowd of thousands a name would stand far from its point.
+    named = len(names) <= _MAX_POINTS
+    note = "" if len(names) <= _MAX_NAMES or not named else "; named: the outermost"
     figure.suptitle(f"The datasets on the main axes of conflict (area: tokens{note})", fontsize=10)
-    legend = panels[0].legend(loc="best", fontsize=8, markerscale=0.6 / crowd**0.5, ncols=1 + len(set(groups)) // 9)
+    legend = panels[0].legend(
+        loc="best", fontsize=8, markerscale=min(0.6 / crowd**0.5, 4.0), ncols=1 + len(set(groups)) // 9
+    )
     # Places in pixels are final only once every panel is laid out.
     FigureCanvasAgg(figure).draw()
     figure.set_layout_engine("none")
-    for axes, y in zip(panels, heights, strict=True):
+    for axes, y in zip(panels, heights, strict=True) if named else ():
         _annotate(figure, axes, x, y, names, legend.get_window_extent() if axes is panels[0] else None)
     _save(figure, path)
 
 
 def save_group_sizes(names: Sequence[str], groups: Sequence[int], num_input_tokens: Sequence[int], path: Path) -> None:
-    """Tokens of every group, its datasets stacked."""
+    """Tokens of every group, its datasets stacked; of many datasets, the sums alone."""
     numbers = sorted(set(groups))
     figure = Figure(figsize=(7.5, float(np.clip(1.0 + 0.5 * len(numbers), 1.6, 12.0))), layout="constrained")
     axes = figure.subplots()
     total = sum(num_input_tokens)
-    for row, group in enumerate(numbers):
+    if len(names) > _MAX_PARTS:
+        sums = [sum(t for t, g in zip(num_input_tokens, groups, strict=True) if g == group) for group in numbers]
+        axes.barh(range(len(numbers)), sums, color=[_COLOURS[group % 8] for group in numbers])
+        numbers_drawn = []
+    else:
+        numbers_drawn = numbers
+    for row, group in enumerate(numbers_drawn):
         left = 0
         for index in [i for i, g in enumerate(groups) if g == group]:
             width = num_input_tokens[index]
@@ -229,18 +261,51 @@ def _axis_label(axis: int, explained: Sequence[float]) -> str:
     return f"conflict axis {axis + 1}{share}"
 
 
+def averaged(matrix: np.ndarray, order: np.ndarray, max_points: int) -> tuple[np.ndarray, int]:
+    """The matrix in an order, at most `max_points` wide: means over blocks of w × w pairs, the diagonal left out.
+
+    Returns:
+        The means, float64, and w; where w is 1, the entries as they are.
+    """
+    count = len(order)
+    width = -(-count // max_points)
+    if width == 1:
+        return matrix[np.ix_(order, order)], 1
+    starts = np.arange(0, count, width)
+    sizes = np.diff(np.append(starts, count))
+    means = np.empty((len(starts), len(starts)))
+    for point, start in enumerate(starts):
+        rows = order[start : start + width]
+        block = matrix[rows].sum(axis=0, dtype=np.float64)
+        block[rows] -= matrix[rows, rows]
+        means[point] = np.add.reduceat(block[order], starts)
+    pairs = np.outer(sizes, sizes) - np.diag(sizes)
+    return means / np.maximum(pairs, 1), width
+
+
 def display_order(matrix: np.ndarray, groups: Sequence[int]) -> np.ndarray:
-    """Positions sorted by group, and inside a group by hierarchical clustering of the rows."""
+    """Positions sorted by group, and inside a group by hierarchical clustering of the rows.
+
+    Clustering takes the square of a group's size: of a large one, evenly spaced members are clustered, and each other
+    member follows the one that it is most similar to.
+    """
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
+
+    def clustered(members: np.ndarray) -> np.ndarray:
+        distance = np.clip(1.0 - matrix[np.ix_(members, members)], 0.0, None)
+        np.fill_diagonal(distance, 0.0)
+        return members[leaves_list(linkage(squareform(distance, checks=False), "average"))]
 
     order: list[int] = []
     for group in sorted(set(groups)):
         members = np.flatnonzero(np.array(groups) == group)
-        if len(members) > 2:
-            distance = np.clip(1.0 - matrix[np.ix_(members, members)], 0.0, None)
-            np.fill_diagonal(distance, 0.0)
-            members = members[leaves_list(linkage(squareform(distance, checks=False), "average"))]
+        if len(members) > _MAX_CLUSTERED:
+            leaders = clustered(members[:: -(-len(members) // _MAX_CLUSTERED)])
+            nearest = matrix[np.ix_(members, leaders)].argmax(axis=1)
+            members = members[np.argsort(nearest, kind="stable")]
+        elif len(members) > 2:
+            members = clustered(members)
         order += members.tolist()
     return np.array(order)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,9 @@ def merge_groups(
     folder = plan.base_folder() if base is None else _locate(base, "base")
     with atomic_folder(Path(output)) as part:
         _verify_base(plan, folder)
-        here = replace(plan, local={**plan.local, "base": str(folder)})
+        # A shallow copy, since `replace` would read the conflict matrix of a large plan.
+        here = copy.copy(plan)
+        here.local = {**plan.local, "base": str(folder)}
         folders = verified_folders(here, [chosen[number] for number in numbers])
         stats: MergeStats
         if adapters == "dense":

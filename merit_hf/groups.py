@@ -27,11 +27,13 @@ def split_datasets(
     matrix: np.ndarray | None,
     section: PlanSection,
     num_groups: int,
+    coordinates: np.ndarray | None = None,
 ) -> np.ndarray:
     """The group of every dataset by `plan.split`, int [T].
 
     Args:
         matrix: C, for the splits that look at gradients; None for the others.
+        coordinates: of C's principal axes, where they are known already.
 
     Raises:
         MeritError: k-means finds fewer distinct gradients than groups.
@@ -44,7 +46,7 @@ def split_datasets(
     if matrix is None:
         return np.zeros(len(prepared), dtype=np.int64)
     if section.split == "merit":
-        return partition.split_by_conflict(matrix, sizes, num_groups, section.center, section.axes)
+        return partition.split_by_conflict(matrix, sizes, num_groups, section.center, section.axes, coordinates)
     try:
         return partition.split_by_kmeans(matrix, num_groups, section.seed)
     except ValueError as error:

@@ -18,8 +18,8 @@ from merit_hf.config import ConfigError, MeritError, PlanSection
 from merit_hf.data import format_digest, seed_of
 from merit_hf.gradients import GradientSettings, batches_of, dataset_gradient, sample_indices, trained_parameters
 from merit_hf.memory import fitting_settings
-from merit_hf.mixture import PreparedDataset
-from merit_hf.plan import canonical_sha256
+from merit_hf.mixture import PreparedDataset, check_against_plan
+from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import GradientReadout, load_readout, readout_path, save_readout
 from merit_hf.sft import open_loss
@@ -130,6 +130,39 @@ def _settings(model: PreTrainedModel, jobs: Sequence[_Job], section: PlanSection
     if not sizes:
         return wanted
     return fitting_settings(model, sizes, wanted, section.low_memory, worker.world_size if worker.shards else 1)
+
+
+def keep_readouts(
+    parent: PartitionPlan,
+    prepared: Sequence[PreparedDataset],
+    args: SFTConfig,
+    section: PlanSection,
+    folder: Path,
+    peft: dict[str, Any] | None = None,
+) -> None:
+    """Put a plan's stored gradients into `folder`, where [`measure_gradients`] finds them done.
+
+    Raises:
+        MeritError: a dataset of the plan is not what was planned.
+    """
+    sketches = parent.load_sketches()
+    rows = {dataset.name: (index, dataset) for index, dataset in enumerate(parent.datasets)}
+    for dataset in prepared:
+        if sketches is None or dataset.name not in rows:
+            continue
+        index, planned = rows[dataset.name]
+        check_against_plan(dataset, planned)
+        key = _key(dataset, args, section, parent.base["weights_sha256"], peft)
+        path = readout_path(folder, dataset.name)
+        if load_readout(path, key) is None:
+            assert planned.gradient_norm is not None
+            assert planned.base_loss is not None
+            # What it cost was paid by the parent.
+            readout = GradientReadout(
+                sketches[index], planned.gradient_norm, planned.base_loss, planned.num_sampled,
+                num_input_tokens=0, num_loss_tokens=0, num_batches=0,
+            )  # fmt: skip
+            save_readout(path, key, readout)
 
 
 def _sample(dataset: PreparedDataset, section: PlanSection) -> datasets.Dataset:

@@ -7,34 +7,109 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from merit_hf.conflict import MANY_DATASETS, row_blocks
+
+# Vectors multiplied at once, and how many such blocks are tried, for the axes of a large matrix.
+_BLOCK_VECTORS = 32
+_MAX_BLOCKS = 24
+
 
 def principal_axes(matrix: np.ndarray, num_axes: int, center: str = "column") -> tuple[np.ndarray, np.ndarray]:
     """PCA of the conflict matrix.
 
+    Up to [`MANY_DATASETS`] datasets by a dense SVD; beyond, the leading axes alone ([`leading_axes`]).
+
     Args:
-        matrix: C, float64 [T, T].
+        matrix: C, [T, T].
         num_axes: r.
         center: `column` subtracts C's column means, `double` its row means too, `none` nothing.
 
     Returns:
-        Coordinates z = U_r S_r, [T, r] (columns beyond T are zero), and all singular values, [T], descending. Each
-        axis' sign is fixed: its loading of largest magnitude is positive.
+        Coordinates z = U_r S_r, float64 [T, r] (columns beyond T are zero), and singular values, descending: all T, or
+        the first r + 1 of a large matrix. Each axis' sign is fixed: its loading of largest magnitude is positive.
     """
-    centred = matrix.copy()
-    if center in ("column", "double"):
-        centred -= centred.mean(axis=0, keepdims=True)
-    if center == "double":
-        centred -= centred.mean(axis=1, keepdims=True)
-    left, singular_values, _ = np.linalg.svd(centred)
-    # Rounding noise must not order datasets that the matrix holds to be equal, nor pick between equal loadings.
-    scale = max(singular_values[0], 1.0)
-    coordinates = np.zeros((len(matrix), num_axes))
     usable = min(num_axes, len(matrix))
-    coordinates[:, :usable] = np.round(left[:, :usable] * singular_values[:usable] / scale, 10) * scale
+    if len(matrix) > MANY_DATASETS and 20 * (usable + 1) < len(matrix):
+        left, singular_values = leading_axes(matrix, usable + 1, center)
+    else:
+        centred = matrix.astype(np.float64)
+        if center in ("column", "double"):
+            centred -= centred.mean(axis=0, keepdims=True)
+        if center == "double":
+            centred -= centred.mean(axis=1, keepdims=True)
+        left, singular_values, _ = np.linalg.svd(centred)
+    # Rounding noise must not order datasets that the matrix holds to be equal, nor pick between equal loadings.
+    scale, decimals = max(singular_values[0], 1.0), 10 if matrix.dtype == np.float64 else 6
+    coordinates = np.zeros((len(matrix), num_axes))
+    coordinates[:, :usable] = np.round(left[:, :usable] * singular_values[:usable] / scale, decimals) * scale
     for axis in range(usable):
         if coordinates[np.argmax(np.abs(coordinates[:, axis])), axis] < 0:
             coordinates[:, axis] *= -1
     return coordinates + 0.0, singular_values
+
+
+def leading_axes(matrix: np.ndarray, count: int, center: str = "column") -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` left singular vectors, [T, count], and singular values of the centred conflict matrix.
+
+    Centring by columns makes C unsymmetric: A = H C with H = I − 11ᵀ/T. Its left singular vectors are the eigenvectors
+    of the symmetric A Aᵀ = H C C H, which needs products with C alone; for `double`, A = H C H, and for `none`, A = C.
+    Block Krylov iteration (Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate
+    singular value decomposition", 2015) from a fixed start: a product with 32 vectors costs hardly more than with
+    one, and close singular values inside a block do not slow it down. It ends where ‖A Aᵀ u − σ² u‖ is rounding
+    noise, or at 24 blocks, where the values that are wanted differ too little for their axes to mean anything.
+    """
+    left, right = center in ("column", "double"), center == "double"
+    tolerance = 1e-13 if matrix.dtype == np.float64 else 1e-9
+
+    def centred(vectors: np.ndarray, apply: bool) -> np.ndarray:
+        return vectors - vectors.mean(axis=0) if apply else vectors
+
+    def product(vectors: np.ndarray) -> np.ndarray:
+        once = _times(matrix, centred(vectors, left))
+        return centred(_times(matrix, centred(once, right)), left)
+
+    size = len(matrix)
+    start = np.random.default_rng(0).standard_normal((size, min(size, max(_BLOCK_VECTORS, 2 * count))))
+    block = np.linalg.qr(start)[0]
+    basis, images = block[:, :0], block[:, :0]
+    for number in range(1, _MAX_BLOCKS + 1):
+        image = product(block)
+        basis, images = np.hstack([basis, block]), np.hstack([images, image])
+        last = number == _MAX_BLOCKS or basis.shape[1] == size
+        if number % 4 == 0 or last:
+            projected = basis.T @ images
+            values, mixes = np.linalg.eigh((projected + projected.T) / 2)
+            values, mixes = values[: -count - 1 : -1], mixes[:, : -count - 1 : -1]
+            vectors = basis @ mixes
+            residual = np.linalg.norm(images @ mixes - vectors * values, axis=0).max()
+            if last or residual <= tolerance * values[0]:
+                break
+        # Twice, since the first pass leaves the rounding of what cancels, which may be all of a column.
+        for _ in range(2):
+            image = np.linalg.qr(image - basis @ (basis.T @ image))[0]
+        block = image[:, : size - basis.shape[1]]
+    return vectors, np.sqrt(np.clip(values, 0.0, None))
+
+
+def explained_shares(matrix: np.ndarray, singular_values: np.ndarray, num_axes: int, center: str) -> list[float]:
+    """Each axis' share of the variance of C: σ² over the squared Frobenius norm of the centred matrix."""
+    means = np.zeros(len(matrix))
+    if center in ("column", "double"):
+        means = matrix.mean(axis=0, dtype=np.float64)
+    total = 0.0
+    for rows in row_blocks(len(matrix)):
+        block = matrix[rows] - means
+        if center == "double":
+            block -= block.mean(axis=1, keepdims=True)
+        total += float((block**2).sum())
+    return [float(value**2 / (total or 1.0)) for value in singular_values[:num_axes]]
+
+
+def _times(matrix: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """C V, float64, without a float64 copy of C."""
+    if matrix.dtype == np.float64:
+        return matrix @ vectors
+    return np.concatenate([matrix[rows].astype(np.float64) @ vectors for rows in row_blocks(len(matrix), 256)])
 
 
 def num_axes_for(num_groups: int) -> int:
@@ -43,7 +118,12 @@ def num_axes_for(num_groups: int) -> int:
 
 
 def split_by_conflict(
-    matrix: np.ndarray, sizes: Sequence[float], num_groups: int, center: str = "column", axes: str = "global"
+    matrix: np.ndarray,
+    sizes: Sequence[float],
+    num_groups: int,
+    center: str = "column",
+    axes: str = "global",
+    coordinates: np.ndarray | None = None,
 ) -> np.ndarray:
     """Balanced conflict-aware partition: level ℓ cuts every group in two along axis ℓ.
 
@@ -54,11 +134,13 @@ def split_by_conflict(
     Args:
         matrix: C, [T, T]; sizes: what is balanced, [T]; num_groups: K ≤ T; axes: `global`, or `local` to take the
             first axis of each part's own submatrix.
+        coordinates: of [`principal_axes`], [T, ≥ r], where they are known already.
 
     Returns:
         The group of every dataset, int [T], in 0 … K−1.
     """
-    coordinates, _ = principal_axes(matrix, num_axes_for(num_groups), center)
+    if coordinates is None:
+        coordinates, _ = principal_axes(matrix, num_axes_for(num_groups), center)
     weights = np.asarray(sizes, dtype=np.float64)
     groups = np.zeros(len(matrix), dtype=np.int64)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.conflict import conflict_matrix
 from merit_hf.readouts import SKETCHES_NAME, open_sketches
 from merit_hf.sharing.untrusted import check_pinned, vet_plan
+from merit_hf.tables import ConflictPairs, LazyMatrix
 from merit_hf.tables import PlannedDataset as PlannedDataset
 from merit_hf.tables import PlannedGroup as PlannedGroup
 
@@ -46,11 +48,13 @@ class PartitionPlan:
         groups: 0 … K−1.
         sft: the identity fields of the SFT settings.
         peft: LoRA settings as PEFT resolved them, valid as fields of LoraConfig; empty where all weights are trained.
-        conflict_matrix: float64 [T, T] in the order of `datasets`; None where the split needs no gradients.
+        conflict_matrix: [T, T] in the order of `datasets`; None where the split needs no gradients. Of a loaded plan
+            of more than 1,000 datasets it is made of the sketches when it is first asked for; see `is_measured`.
         explained: share of the variance of C on each axis. bounds: what can be trusted of the axes.
         layers: {layer: (start, stop)} in a sketch with a part for every layer; empty otherwise.
         skipped: datasets left out, with the reason.
         inputs_sha256: of what the planner was given; the same inputs are not planned twice.
+        parent_sha256: of the plan that `merit extend` made this one of.
         supplied: {dataset: file} as [`supply`] was told.
         local: {"base": folder, "datasets": {name: {"path", "eval_path"}}, "root": folder} on this machine.
     """
@@ -61,7 +65,7 @@ class PartitionPlan:
     groups: list[PlannedGroup]
     sft: dict[str, Any]
     peft: dict[str, Any] = field(default_factory=dict)
-    conflict_matrix: np.ndarray | None = None
+    conflict_matrix: LazyMatrix = LazyMatrix()  # noqa: RUF009 (a descriptor is shared by design)
     explained: list[float] = field(default_factory=list)
     bounds: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -74,10 +78,26 @@ class PartitionPlan:
     local: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     supplied: dict[str, str] = field(default_factory=dict)
+    parent_sha256: str | None = None
 
     @property
     def num_groups(self) -> int:
         return len(self.groups)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the plan has a conflict matrix; asking does not make it."""
+        return self.__dict__[LazyMatrix.NAME] is not None
+
+    def conflict_pairs(self) -> ConflictPairs | None:
+        """The pairs that data/conflict.parquet lists, without the whole matrix where the plan lies in a folder."""
+        if not self.is_measured:
+            return None
+        if callable(self.__dict__[LazyMatrix.NAME]) and self.folder is not None:
+            return tables.read_conflict(self.folder, self.names)
+        matrix = self.conflict_matrix
+        assert matrix is not None
+        return tables.conflict_pairs(matrix)
 
     @property
     def names(self) -> list[str]:
@@ -136,8 +156,15 @@ class PartitionPlan:
 
         return fetch_model(self.base["repo_id"], self.base["revision"])
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write plan.json, tables, local.json, figures and card. The planner puts the sketches beside them."""
+    def save_pretrained(self, folder: str | Path, pairs: ConflictPairs | None = None) -> None:
+        """Write plan.json, tables, local.json, figures and card. The planner puts the sketches beside them.
+
+        The picture of a matrix that was not asked for is taken from the plan's own folder, where it is there.
+
+        Args:
+            pairs ([`~tables.ConflictPairs`], *optional*): what data/conflict.parquet lists, where that is known
+                without the whole matrix.
+        """
         from merit_hf.cards import plan_dataset_card
         from merit_hf.figures import save_plan_figures
 
@@ -145,10 +172,15 @@ class PartitionPlan:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         tables.write_datasets(folder, self.datasets)
         tables.write_groups(folder, self.groups)
-        if self.conflict_matrix is not None:
-            tables.write_conflict(folder, self.names, self.conflict_matrix)
-        save_plan_figures(self, folder)
-        (folder / "README.md").write_text(plan_dataset_card(self), encoding="utf-8")
+        pairs = pairs or self.conflict_pairs()
+        if pairs is not None:
+            tables.write_conflict(folder, self.names, pairs)
+        picture = (self.folder or folder) / "figures" / "conflict.png"
+        at_hand = callable(self.__dict__[LazyMatrix.NAME]) and picture.is_file() and picture.parent.parent != folder
+        save_plan_figures(self, folder, with_matrix=not at_hand)
+        if at_hand:
+            shutil.copyfile(picture, folder / "figures" / "conflict.png")
+        (folder / "README.md").write_text(plan_dataset_card(self, pairs), encoding="utf-8")
         self.save_settings(folder)
 
     def save_settings(self, folder: Path) -> None:
@@ -175,6 +207,7 @@ class PartitionPlan:
             "bounds": self.bounds,
             "skipped": self.skipped,
             "inputs_sha256": self.inputs_sha256,
+            **({"parent_sha256": self.parent_sha256} if self.parent_sha256 else {}),
             "cost": self.cost,
             "versions": self.versions,
         }  # fmt: skip
@@ -204,9 +237,10 @@ class PartitionPlan:
                 folder=folder,
                 peft=content.get("peft", {}),
                 layers={k: (int(v[0]), int(v[1])) for k, v in content["sketch"].get("layers", {}).items()},
+                parent_sha256=content.get("parent_sha256"),
                 **{key: content[key] for key in _CONTENT},
             )
-            plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches)
+            plan._find_conflicts(folder)
             plan._check_identity(content["sha256"], folder)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MeritError(f"{folder}: not a complete plan ({type(error).__name__}: {error}).") from error
@@ -266,6 +300,20 @@ class PartitionPlan:
         parts = {layer: sketches[:, start:stop] for layer, (start, stop) in self.layers.items()}
         reached = {layer: part for layer, part in parts.items() if part.size and part.any(axis=1).all()}
         return {layer: conflict_matrix(part) for layer, part in reached.items()}
+
+    def _find_conflicts(self, folder: Path) -> None:
+        """Set the matrix: from its table, or, where that holds extreme pairs, from the sketches when asked for."""
+        if len(self.datasets) > tables.MAX_ALL_PAIRS:
+            if (folder / "data" / "conflict.parquet").exists():
+                self.conflict_matrix = self._matrix_of_sketches
+            return
+        pairs = tables.read_conflict(folder, self.names)
+        if pairs is not None:
+            self.conflict_matrix = tables.all_pairs_matrix(pairs, len(self.datasets))
+
+    def _matrix_of_sketches(self) -> np.ndarray | None:
+        sketches = self.load_sketches()
+        return None if sketches is None else conflict_matrix(sketches)
 
     def _check_identity(self, recorded: str, folder: Path) -> None:
         total = sum(group.train_input_tokens for group in self.groups)

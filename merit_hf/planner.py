@@ -25,13 +25,13 @@ from merit_hf import partition
 from merit_hf.adapters import lora_config, model_settings
 from merit_hf.checkpoint import read_tensor_index, weights_sha256
 from merit_hf.config import ConfigError, MeritConfig, MeritError
-from merit_hf.conflict import axis_bounds, conflict_matrix, sketch_error, structure_p_value
+from merit_hf.conflict import MANY_DATASETS, axis_bounds, conflict_matrix, sketch_error, structure_p_value
 from merit_hf.data import LoadedDataset, format_digest
 from merit_hf.entry import exit_on_error
 from merit_hf.gradients import trained_parameters
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups, split_datasets
 from merit_hf.hub import resolve_model
-from merit_hf.measure import measure_gradients
+from merit_hf.measure import keep_readouts, measure_gradients
 from merit_hf.mixture import PreparedDataset, prepare_mixture, read_mixture
 from merit_hf.plan import PartitionPlan, PlannedDataset, canonical_sha256
 from merit_hf.progress import Progress
@@ -48,6 +48,7 @@ from merit_hf.sft import (
 )
 from merit_hf.sharded import shard_model
 from merit_hf.sketch import layer_parts
+from merit_hf.tables import ConflictPairs
 from merit_hf.versions import library_versions
 from merit_hf.workers import Worker, check_processes
 
@@ -59,10 +60,19 @@ class MeritPlanner:
         config ([`MeritConfig`]): the checked CONFIG.
         progress ([`Progress`], *optional*): where to show it; default: stderr.
         worker ([`Worker`], *optional*): this process among several planners of the same output folder.
+        parent ([`PartitionPlan`], *optional*): a plan of the same base and settings, whose stored gradients are taken
+            in place of measuring those datasets again.
     """
 
-    def __init__(self, config: MeritConfig, progress: Progress | None = None, worker: Worker | None = None) -> None:
+    def __init__(
+        self,
+        config: MeritConfig,
+        progress: Progress | None = None,
+        worker: Worker | None = None,
+        parent: PartitionPlan | None = None,
+    ) -> None:
         self.config = config
+        self.parent = parent
         self.worker = worker or Worker()
         self.progress = progress or Progress(quiet=not self.worker.is_main)
 
@@ -113,11 +123,12 @@ class MeritPlanner:
         sketches = [readout.sketch for readout in readouts]
         matrix = _matrix([d.name for d in prepared], sketches) if sketches else None
         tags = {spec.name: spec.tag for spec in self.config.datasets}
-        groups = split_datasets(prepared, tags, matrix, self.config.plan, self.config.num_groups)
+        coordinates, axes = self._axes(matrix, readouts)
+        groups = split_datasets(prepared, tags, matrix, self.config.plan, self.config.num_groups, coordinates)
         plan = PartitionPlan(
             config=published_config(self.config),
             base=base,
-            datasets=self._datasets(prepared, readouts, groups, matrix),
+            datasets=self.planned_datasets(prepared, readouts, groups, coordinates),
             groups=[],
             sft=identity_fields(args),
             peft=peft,
@@ -129,7 +140,8 @@ class MeritPlanner:
             versions=library_versions(),
             inputs_sha256=canonical_sha256(inputs),
             local=local_settings(self.config, folder),
-            **self._axes(matrix, readouts),
+            parent_sha256=self.parent.sha256 if self.parent else None,
+            **axes,
         )
         trains = {dataset.name: dataset.train for dataset in prepared}
         plan.groups = plan_groups(plan.datasets, trains, model, tokenizer, args, base, peft)
@@ -146,7 +158,7 @@ class MeritPlanner:
         if not self.worker.is_main:
             self.worker.wait(until=output.exists)
             return PartitionPlan.from_pretrained(output)
-        return _save(plan, sketches, part, output)
+        return save_plan(plan, sketches, part, output)
 
     def _check_group_count(self, num_datasets: int, left_out: dict[str, str]) -> None:
         if self.config.num_groups > num_datasets:
@@ -200,6 +212,8 @@ class MeritPlanner:
             shard_model(model)
         # A process that is late finds the folder gone again, and the plan in its place.
         self.worker.wait(until=lambda: folder.exists() or output.exists())
+        if self.parent is not None:
+            keep_readouts(self.parent, prepared, args, self.config.plan, folder, peft)
         return measure_gradients(
             prepared,
             model,
@@ -213,17 +227,15 @@ class MeritPlanner:
             peft,
         )
 
-    def _datasets(
+    def planned_datasets(
         self,
         prepared: Sequence[PreparedDataset],
         readouts: Sequence[GradientReadout],
         groups: np.ndarray,
-        matrix: np.ndarray | None,
+        coordinates: np.ndarray | None,
     ) -> list[PlannedDataset]:
+        """The rows of datasets.parquet. `coordinates`: [T, r]; None where the split needs no gradients."""
         specs = {spec.name: spec for spec in self.config.datasets}
-        section = self.config.plan
-        axes = partition.num_axes_for(self.config.num_groups)
-        coordinates = None if matrix is None else partition.principal_axes(matrix, max(2, axes), section.center)[0]
         rows = []
         for index, dataset in enumerate(prepared):
             readout = readouts[index] if readouts else None
@@ -253,19 +265,22 @@ class MeritPlanner:
             )
         return rows
 
-    def _axes(self, matrix: np.ndarray | None, readouts: Sequence[GradientReadout]) -> dict[str, Any]:
+    def _axes(
+        self, matrix: np.ndarray | None, readouts: Sequence[GradientReadout]
+    ) -> tuple[np.ndarray | None, dict[str, Any]]:
+        """Coordinates of the datasets, and what the plan says of its axes. Decomposes the matrix once."""
         if matrix is None:
-            return {"explained": [], "bounds": {}}
+            return None, {"explained": [], "bounds": {}}
         section = self.config.plan
         num_axes = partition.num_axes_for(self.config.num_groups)
-        _, singular_values = partition.principal_axes(matrix, num_axes, section.center)
-        total = float((singular_values**2).sum()) or 1.0
-        explained = [float(value**2 / total) for value in singular_values[: max(2, num_axes)]]
+        shown = max(2, num_axes)
+        coordinates, singular_values = partition.principal_axes(matrix, shown, section.center)
+        explained = partition.explained_shares(matrix, singular_values, shown, section.center)
         error = sketch_error(len(matrix), len(readouts[0].sketch), section.sketch)
         p_value = structure_p_value(matrix, section.seed)
         verdict = "unknown" if p_value is None else "structure" if p_value <= 0.05 else "noise"
         bounds = axis_bounds(singular_values, num_axes, error) | {"structure_p_value": p_value, "verdict": verdict}
-        return {"explained": explained, "bounds": bounds}
+        return coordinates, {"explained": explained, "bounds": bounds}
 
 
 def _matrix(names: Sequence[str], sketches: Sequence[np.ndarray]) -> np.ndarray:
@@ -290,17 +305,30 @@ def _finished(output: Path, inputs_sha256: str, config: dict[str, Any], local: d
     return plan
 
 
-def _save(plan: PartitionPlan, sketches: Sequence[np.ndarray], part: Path, output: Path) -> PartitionPlan:
-    """Write everything to `part/plan`, move it to `output`, and drop the work in progress."""
+def save_plan(
+    plan: PartitionPlan,
+    sketches: Sequence[np.ndarray],
+    part: Path,
+    output: Path,
+    pairs: ConflictPairs | None = None,
+) -> PartitionPlan:
+    """Write everything to `part/plan`, move it to `output`, and drop the work in progress.
+
+    `pairs`: as in [`PartitionPlan.save_pretrained`].
+    """
     finished = part / "plan"
     shutil.rmtree(finished, ignore_errors=True)
     finished.mkdir(parents=True)
-    plan.save_pretrained(finished)
+    plan.save_pretrained(finished, pairs)
     if sketches:
         write_sketches(finished / SKETCHES_NAME, sketches)
     os.rename(finished, output)
     shutil.rmtree(part)
-    return PartitionPlan.from_pretrained(output)
+    saved = PartitionPlan.from_pretrained(output)
+    if pairs is None and len(plan.datasets) > MANY_DATASETS:
+        # At hand, so that it need not be made of the sketches again.
+        saved.conflict_matrix = plan.conflict_matrix
+    return saved
 
 
 def main(argv: Sequence[str] | None = None) -> None:

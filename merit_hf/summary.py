@@ -18,6 +18,8 @@ from merit_hf.report.words import cosine_sentence, verdict_sentence
 
 # Beyond this share of the distance from the base, the rounding of the output is worth a word.
 MUCH_CAST_LOSS = 0.1
+# Of a group with more datasets than a screen has room for.
+_MAX_NAMES = 20
 
 
 def plan_summary(plan: PartitionPlan) -> list[Any]:
@@ -34,7 +36,8 @@ def plan_summary(plan: PartitionPlan) -> list[Any]:
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for group in plan.groups:
-        names = Text(", ".join(group.datasets))
+        more = len(group.datasets) - _MAX_NAMES
+        names = Text(", ".join(group.datasets[:_MAX_NAMES]) + (f" and {more:,} more" if more > 0 else ""))
         table.add_row(
             str(group.group), names, f"{group.num_examples:,}", f"{group.train_input_tokens:,}", f"{group.weight:.3f}"
         )
@@ -44,7 +47,7 @@ def plan_summary(plan: PartitionPlan) -> list[Any]:
     dropped = sum(dataset.num_dropped for dataset in plan.datasets)
     if truncated or dropped:
         lines.append(f"{truncated} examples were cut to max_length, {dropped} dropped because no loss token was left.")
-    if plan.conflict_matrix is not None and len(plan.datasets) > 1:
+    if plan.is_measured and len(plan.datasets) > 1:
         lines.append(cosine_sentence(plan))
         lines.append(verdict_sentence(plan))
     return lines

@@ -73,7 +73,7 @@ def make_plan(folder: Path, names: Sequence[str], num_groups: int = 2, seed: int
     (folder / "data").mkdir(parents=True)
     tables.write_datasets(folder, datasets)
     tables.write_groups(folder, groups)
-    tables.write_conflict(folder, names, matrix)
+    tables.write_conflict(folder, names, tables.conflict_pairs(matrix))
     plan.save_settings(folder)
     return PartitionPlan.from_pretrained(folder)
 

@@ -33,6 +33,7 @@ ROAD = [
     "sketch",
     "conflict",
     "partition",
+    "projection",
     "readouts",
     "checkpoint",
     "hub",
@@ -78,6 +79,8 @@ ROAD = [
     "measure",
     "groups",
     "planner",
+    "extension",
+    "extend",
     "callback",
     "training",
     "launch",
@@ -112,6 +115,7 @@ ROAD = [
     "sharing.status",
     "sharing.push",
     "cli_options",
+    "cli_plan",
     "cli_hub",
     "cli",
 ]
@@ -129,6 +133,7 @@ WITHOUT_TORCH = [
     "workers",
     "conflict",
     "partition",
+    "projection",
     "readouts",
     "checkpoint",
     "hub",
@@ -151,6 +156,7 @@ WITHOUT_TORCH = [
     "sharing.push",
     "sharing.status",
     "cli_options",
+    "cli_plan",
     "cli_hub",
     "cli",
 ]
@@ -250,7 +256,7 @@ def test_config_imports_next_to_nothing_of_ours_and_nothing_imports_the_command_
 def test_conflict_and_partition_are_pure_arrays() -> None:
     for room in ("conflict", "partition"):
         outside = {item.module.split(".")[0] for item in IMPORTS if item.room == room} - set(sys.stdlib_module_names)
-        assert outside <= {"numpy", "sklearn"}, room
+        assert outside <= {"numpy", "scipy", "sklearn"}, room
 
 
 def test_every_library_has_its_room() -> None:

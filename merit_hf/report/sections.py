@@ -14,6 +14,7 @@ from merit_hf.report import charts
 from merit_hf.report.blocks import Cell, Table, count, decimals, group_cell, listed, number, plural, text
 from merit_hf.report.run_folder import RunFolder, TrainedModel
 from merit_hf.report.words import cosine_sentence, verdict_sentence
+from merit_hf.tables import MAX_ALL_PAIRS
 from merit_hf.text import hide_local_paths, public_text
 
 _MAX_PAIRS = 6
@@ -34,16 +35,20 @@ def plan_facts(plan: PartitionPlan) -> dict[str, Any]:
         "charts": [charts.sizes_chart(plan.names, groups, tokens, totals)],
         "conflict": None,
     }
-    if plan.conflict_matrix is not None and len(plan.datasets) > 1:
+    if plan.is_measured and len(plan.datasets) > 1:
         coordinates = np.array([dataset.coordinates for dataset in plan.datasets])
+        matrix = plan.conflict_matrix if len(plan.datasets) <= MAX_ALL_PAIRS else None
+        if matrix is not None:
+            # Of more datasets the page would have to carry T² numbers; figures/conflict.png shows their means.
+            facts["charts"].append(charts.conflict_chart(matrix, plan.names, groups))
         facts["charts"] += [
-            charts.conflict_chart(plan.conflict_matrix, plan.names, groups),
             charts.axes_chart(coordinates, plan.names, groups, plan.explained, tokens),
         ]
         facts["conflict"] = {
             "cosines": cosine_sentence(plan).replace(" -", " −"),
             "verdict": verdict_sentence(plan),
             "noise": plan.bounds.get("verdict") == "noise",
+            "whole": matrix is not None,
             "pairs": _pairs_table(plan),
             "axes": _axes_table(plan),
             "num_axes": coordinates.shape[1],
@@ -190,7 +195,7 @@ def _groups_table(plan: PartitionPlan) -> Table:
 
 
 def _datasets_table(plan: PartitionPlan) -> Table:
-    measured = plan.conflict_matrix is not None
+    measured = plan.is_measured
     axes = max((len(dataset.coordinates) for dataset in plan.datasets), default=0)
     columns = [("dataset", "text"), ("group", "number"), ("examples", "number"), ("tokens", "number"),
                ("with loss", "number"), ("cut", "number"), ("dropped", "number")]  # fmt: skip
@@ -210,18 +215,14 @@ def _datasets_table(plan: PartitionPlan) -> Table:
 
 
 def _pairs_table(plan: PartitionPlan) -> Table:
-    matrix = plan.conflict_matrix
-    assert matrix is not None
-    first, second = np.triu_indices(len(plan.datasets), 1)
-    cosines = matrix[first, second]
-    order = np.argsort(cosines, kind="stable")
-    shown = min(_MAX_PAIRS, max(1, len(order) // 2))
-    picked = [*order[:shown], *order[::-1][:shown][::-1]]
+    pairs = plan.conflict_pairs()
+    assert pairs is not None
+    lowest, highest = pairs.most_extreme(_MAX_PAIRS)
     rows = []
-    for index in dict.fromkeys(int(i) for i in picked):
-        a, b = plan.datasets[first[index]], plan.datasets[second[index]]
+    for first, second, cosine in dict.fromkeys([*lowest, *highest[::-1]]):
+        a, b = plan.datasets[first], plan.datasets[second]
         together = "same group" if a.group == b.group else f"groups {a.group} and {b.group}"
-        rows.append([Cell(a.name), Cell(b.name), number(cosines[index], 2), text(together)])
+        rows.append([Cell(a.name), Cell(b.name), number(cosine, 2), text(together)])
     columns = [("dataset", "text"), ("and", "text"), ("cosine", "number"), ("where they went", "text")]
     return Table("pairs", "The pairs that conflict most, and those that agree most", columns, rows)
 

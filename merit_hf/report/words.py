@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from merit_hf.conflict import cosine_statistics
 from merit_hf.plan import PartitionPlan
 
 
@@ -11,14 +12,11 @@ def cosine_sentence(plan: PartitionPlan) -> str:
     """The range of the cosines, and the mean inside groups against all pairs."""
     matrix = plan.conflict_matrix
     assert matrix is not None
-    upper = np.triu_indices(len(matrix), 1)
-    groups = np.array([dataset.group for dataset in plan.datasets])
-    inside = (groups[:, None] == groups[None, :])[upper]
-    cosines = matrix[upper]
-    within = f"{cosines[inside].mean():.2f}" if inside.any() else "none"
+    said = cosine_statistics(matrix, np.array([dataset.group for dataset in plan.datasets]))
+    within = "none" if said["inside"] is None else f"{said['inside']:.2f}"
     return (
-        f"Cosines between datasets: lowest {cosines.min():.2f}, median {np.median(cosines):.2f}, highest "
-        f"{cosines.max():.2f}; mean inside groups {within}, over all pairs {cosines.mean():.2f}."
+        f"Cosines between datasets: lowest {said['lowest']:.2f}, median {said['median']:.2f}, highest "
+        f"{said['highest']:.2f}; mean inside groups {within}, over all pairs {said['mean']:.2f}."
     )
 
 

@@ -5,6 +5,7 @@ Cards are made and checked before anything is uploaded, a push is one commit, an
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import tempfile
@@ -63,7 +64,9 @@ def push_plan(plan: PartitionPlan, repo_id: str, private: bool | None = None, cr
         )
     if known.get("sha256") == plan.sha256:
         plan = _with_places(plan, PartitionPlan.from_pretrained(repo_id))
-    card = plan_dataset_card(dataclasses.replace(plan, repo_id=repo_id))
+    named = copy.copy(plan)
+    named.repo_id = repo_id
+    card = plan_dataset_card(named)
     card = keep_metadata(card, before.get(CARD_NAME, b"").decode(errors="replace"))
     validate_card(card)
     replace = {
