@@ -47,6 +47,7 @@ class PartitionPlan:
         peft: LoRA settings as PEFT resolved them, valid as fields of LoraConfig; empty where all weights are trained.
         conflict_matrix: float64 [T, T] in the order of `datasets`; None where the split needs no gradients.
         explained: share of the variance of C on each axis. bounds: what can be trusted of the axes.
+        trust: whether the plan is worth following, as [`~merit_hf.trust.assess`] says; empty where nothing is known.
         skipped: datasets left out, with the reason.
         inputs_sha256: of what the planner was given; the same inputs are not planned twice.
         supplied: {dataset: file} as [`supply`] was told.
@@ -62,6 +63,7 @@ class PartitionPlan:
     conflict_matrix: np.ndarray | None = None
     explained: list[float] = field(default_factory=list)
     bounds: dict[str, Any] = field(default_factory=dict)
+    trust: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -169,6 +171,7 @@ class PartitionPlan:
             **({"peft": self.peft} if self.peft else {}),
             "explained": self.explained,
             "bounds": self.bounds,
+            "trust": self.trust,
             "skipped": self.skipped,
             "inputs_sha256": self.inputs_sha256,
             "cost": self.cost,
@@ -199,9 +202,13 @@ class PartitionPlan:
                 revision=sha,
                 folder=folder,
                 peft=content.get("peft", {}),
+                # Plans of before halves were kept have none.
+                trust=content.get("trust", {}),
                 **{key: content[key] for key in _CONTENT},
             )
-            plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches)
+            corrected = plan.config["plan"].get("debias") == "split_half"
+            reliabilities = [dataset.reliability for dataset in datasets] if corrected else None
+            plan.conflict_matrix = tables.read_conflict(folder, plan.names, plan.load_sketches, reliabilities)
             plan._check_identity(content["sha256"], folder)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MeritError(f"{folder}: not a complete plan ({type(error).__name__}: {error}).") from error
@@ -238,6 +245,16 @@ class PartitionPlan:
 
     def load_sketches(self) -> np.ndarray | None:
         """The gradient read-outs, float32 [T, dim], memory-mapped; None where the split needed none."""
+        return self._open("sketches")
+
+    def load_first_halves(self) -> np.ndarray | None:
+        """The read-outs of the first half of each sample, float32 [T, dim]; None where the plan kept none.
+
+        The second half's is (sketch − w · first) / (1 − w), with w the dataset's `first_half_share`.
+        """
+        return self._open("first_half")
+
+    def _open(self, name: str) -> np.ndarray | None:
         if self.folder is None:
             return None
         path = self.folder / SKETCHES_NAME
@@ -245,7 +262,7 @@ class PartitionPlan:
             from merit_hf.hub import fetch_sketches
 
             fetch_sketches(self.repo_id, self.revision, SKETCHES_NAME)
-        return open_sketches(path) if path.exists() else None
+        return open_sketches(path, name) if path.exists() else None
 
     def _check_identity(self, recorded: str, folder: Path) -> None:
         total = sum(group.train_input_tokens for group in self.groups)

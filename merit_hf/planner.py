@@ -35,6 +35,7 @@ from merit_hf.mixture import PreparedDataset, prepare_mixture, read_mixture
 from merit_hf.plan import PartitionPlan, PlannedDataset, canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import SKETCHES_NAME, GradientReadout, write_sketches
+from merit_hf.reliability import debias_cosines
 from merit_hf.resolved import first_difference, local_settings, published_config
 from merit_hf.sft import (
     build_args,
@@ -45,6 +46,7 @@ from merit_hf.sft import (
     load_tokenizer,
     take_chat_template,
 )
+from merit_hf.trust import assess
 from merit_hf.versions import library_versions
 from merit_hf.workers import Worker, check_processes
 
@@ -107,14 +109,22 @@ class MeritPlanner:
             self.worker.wait(until=output.exists)
             return PartitionPlan.from_pretrained(output)
         matrix_start = time.monotonic()
-        sketches = [readout.sketch for readout in readouts]
-        matrix = _matrix([d.name for d in prepared], sketches) if sketches else None
+        names = [dataset.name for dataset in prepared]
+        matrix, noted = self._cosines(names, readouts)
         tags = {spec.name: spec.tag for spec in self.config.datasets}
-        groups = split_datasets(prepared, tags, matrix, self.config.plan, self.config.num_groups)
+
+        def split(matrix: np.ndarray | None, chosen: Sequence[int] | np.ndarray) -> np.ndarray:
+            some = [prepared[i] for i in chosen]
+            return split_datasets(some, tags, matrix, self.config.plan, self.config.num_groups)
+
+        groups = split(matrix, range(len(prepared)))
+        axes = self._axes(matrix, readouts)
+        all_sampled = self._all_sampled(prepared, readouts)
+        trust = assess(readouts, names, groups, split, axes["bounds"], self.config.plan, all_sampled)
         plan = PartitionPlan(
             config=published_config(self.config),
             base=base,
-            datasets=self._datasets(prepared, readouts, groups, matrix),
+            datasets=self._datasets(prepared, readouts, groups, matrix, trust.probability),
             groups=[],
             sft=identity_fields(args),
             peft=peft,
@@ -123,7 +133,8 @@ class MeritPlanner:
             versions=library_versions(),
             inputs_sha256=canonical_sha256(inputs),
             local=local_settings(self.config, folder),
-            **self._axes(matrix, readouts),
+            trust=trust.facts | noted,
+            **axes,
         )
         trains = {dataset.name: dataset.train for dataset in prepared}
         plan.groups = plan_groups(plan.datasets, trains, model, tokenizer, args, base, peft)
@@ -135,7 +146,7 @@ class MeritPlanner:
             "num_batches": sum(readout.num_batches for readout in readouts),
             "world_size": self.worker.world_size,
         }
-        return _save(plan, sketches, part, output)
+        return _save(plan, readouts, part, output)
 
     def _check_group_count(self, num_datasets: int, left_out: dict[str, str]) -> None:
         if self.config.num_groups > num_datasets:
@@ -206,6 +217,7 @@ class MeritPlanner:
         readouts: Sequence[GradientReadout],
         groups: np.ndarray,
         matrix: np.ndarray | None,
+        probability: Sequence[float | None],
     ) -> list[PlannedDataset]:
         specs = {spec.name: spec for spec in self.config.datasets}
         section = self.config.plan
@@ -236,9 +248,30 @@ class MeritPlanner:
                     config=spec.config,
                     split=spec.split if loaded.repo_id else None,
                     revision=loaded.revision,
+                    split_half_cosine=readout.split_half_cosine if readout else None,
+                    reliability=readout.reliability if readout else None,
+                    first_half_share=readout.first_share if readout else None,
+                    group_probability=probability[index],
                 )
             )
         return rows
+
+    def _cosines(
+        self, names: Sequence[str], readouts: Sequence[GradientReadout]
+    ) -> tuple[np.ndarray | None, dict[str, Any]]:
+        """C by `plan.debias`, and what of the correction is to be noted."""
+        if not readouts:
+            return None, {}
+        matrix = _matrix(names, [readout.sketch for readout in readouts])
+        if self.config.plan.debias == "none":
+            return matrix, {}
+        matrix, plain, clipped = debias_cosines(matrix, [readout.reliability for readout in readouts])
+        return matrix, {"debias": {"uncorrected": [names[i] for i in plain], "clipped_pairs": clipped}}
+
+    def _all_sampled(self, prepared: Sequence[PreparedDataset], readouts: Sequence[GradientReadout]) -> bool:
+        """No dataset has examples left that a larger sample could take."""
+        usable = [int(np.count_nonzero(dataset.counts.loss_tokens)) for dataset in prepared]
+        return all(readout.num_samples >= count for readout, count in zip(readouts, usable, strict=False))
 
     def _axes(self, matrix: np.ndarray | None, readouts: Sequence[GradientReadout]) -> dict[str, Any]:
         if matrix is None:
@@ -249,9 +282,12 @@ class MeritPlanner:
         total = float((singular_values**2).sum()) or 1.0
         explained = [float(value**2 / total) for value in singular_values[: max(2, num_axes)]]
         error = sketch_error(len(matrix), len(readouts[0].sketch), section.sketch)
-        p_value = structure_p_value(matrix, section.seed)
-        verdict = "unknown" if p_value is None else "structure" if p_value <= 0.05 else "noise"
-        bounds = axis_bounds(singular_values, num_axes, error) | {"structure_p_value": p_value, "verdict": verdict}
+        bounds = axis_bounds(singular_values, num_axes, error)
+        if all(readout.reliability is None for readout in readouts):
+            # Without halves there is only this to go by. It takes one direction that all share for structure.
+            p_value = structure_p_value(matrix, section.seed)
+            verdict = "unknown" if p_value is None else "structure" if p_value <= 0.05 else "noise"
+            bounds |= {"structure_p_value": p_value, "verdict": verdict}
         return {"explained": explained, "bounds": bounds}
 
 
@@ -277,14 +313,15 @@ def _finished(output: Path, inputs_sha256: str, config: dict[str, Any], local: d
     return plan
 
 
-def _save(plan: PartitionPlan, sketches: Sequence[np.ndarray], part: Path, output: Path) -> PartitionPlan:
+def _save(plan: PartitionPlan, readouts: Sequence[GradientReadout], part: Path, output: Path) -> PartitionPlan:
     """Write everything to `part/plan`, move it to `output`, and drop the work in progress."""
     finished = part / "plan"
     shutil.rmtree(finished, ignore_errors=True)
     finished.mkdir(parents=True)
     plan.save_pretrained(finished)
-    if sketches:
-        write_sketches(finished / SKETCHES_NAME, sketches)
+    if readouts:
+        firsts = [readout.first_half for readout in readouts if readout.first_half is not None]
+        write_sketches(finished / SKETCHES_NAME, [readout.sketch for readout in readouts], firsts)
     os.rename(finished, output)
     shutil.rmtree(part)
     return PartitionPlan.from_pretrained(output)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from merit_hf.conflict import conflict_matrix
+from merit_hf.reliability import debias_cosines
 
 # Beyond this many datasets conflict.parquet holds extreme pairs only; the whole matrix follows from the sketches.
 MAX_ALL_PAIRS = 1000
@@ -26,6 +27,9 @@ class PlannedDataset:
         num_examples, num_input_tokens, num_loss_tokens: of the examples that SFT keeps.
         num_dropped, num_truncated: examples without a loss token after truncation; examples cut to `max_length`.
         num_sampled: examples behind the gradient; 0 where the split needs none.
+        split_half_cosine, reliability: of the two halves of the sample, as [`~merit_hf.reliability.split_half`] has
+            them; None without halves. first_half_share: the weight of the first half in the gradient.
+        group_probability: how often the dataset stays in its group under re-drawn samples.
         fingerprint: sha256 of the rows. tokens_digest: of the token sequences and labels, whatever their order.
     """
 
@@ -48,6 +52,10 @@ class PlannedDataset:
     config: str | None = None
     split: str | None = None
     revision: str | None = None
+    split_half_cosine: float | None = None
+    reliability: float | None = None
+    first_half_share: float | None = None
+    group_probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,15 +117,25 @@ def write_conflict(folder: Path, names: Sequence[str], matrix: np.ndarray) -> No
 
 
 def read_conflict(
-    folder: Path, names: Sequence[str], load_sketches: Callable[[], np.ndarray | None]
+    folder: Path,
+    names: Sequence[str],
+    load_sketches: Callable[[], np.ndarray | None],
+    debias: Sequence[float | None] | None = None,
 ) -> np.ndarray | None:
-    """C, float64 [T, T]; from the sketches where the file holds extreme pairs only; None where the plan has none."""
+    """C, float64 [T, T]; from the sketches where the file holds extreme pairs only; None where the plan has none.
+
+    Args:
+        debias: the datasets' reliabilities where the plan's cosines are corrected for them.
+    """
     path = folder / "data" / "conflict.parquet"
     if not path.exists():
         return None
     if len(names) > MAX_ALL_PAIRS:
         sketches = load_sketches()
-        return None if sketches is None else conflict_matrix(sketches)
+        if sketches is None:
+            return None
+        cosines = conflict_matrix(sketches)
+        return cosines if debias is None else debias_cosines(cosines, debias)[0]
     position = {name: index for index, name in enumerate(names)}
     table = pq.read_table(path).to_pydict()
     matrix = np.eye(len(names))
@@ -146,6 +164,8 @@ _DATASET_SCHEMA = pa.schema(
         ("num_truncated", pa.int64()), ("num_sampled", pa.int64()), ("gradient_norm", pa.float64()),
         ("base_loss", pa.float64()), ("coordinates", pa.list_(pa.float64())), ("repo_id", pa.string()),
         ("config", pa.string()), ("split", pa.string()), ("revision", pa.string()),
+        ("split_half_cosine", pa.float64()), ("reliability", pa.float64()), ("first_half_share", pa.float64()),
+        ("group_probability", pa.float64()),
     ]
 )  # fmt: skip
 _GROUP_SCHEMA = pa.schema(
