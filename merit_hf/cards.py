@@ -27,6 +27,7 @@ from merit_hf.text import (
     hide_local_paths,
     markdown_table,
 )
+from merit_hf.trust_words import trust_sentences, trust_verdict
 
 if TYPE_CHECKING:
     from merit_hf.plan import PartitionPlan
@@ -72,6 +73,7 @@ def plan_dataset_card(plan: PartitionPlan, pairs: ConflictPairs | None = None) -
         tested=MANY_DATASETS,
         added=[dataset.name for dataset in plan.datasets if dataset.projected_group is not None],
         bounds=_bounds(plan),
+        trust=_trust(plan),
         settings=_settings(plan.sft),
         lora=_lora(plan.peft) if plan.peft else None,
         versions=_settings(plan.versions),
@@ -320,6 +322,14 @@ def _bounds(plan: PartitionPlan) -> dict[str, Any]:
         "p_value": bounds.get("structure_p_value"),
         "verdict": bounds.get("verdict"),
     }
+
+
+def _trust(plan: PartitionPlan) -> list[Markdown] | None:
+    """The verdict, then what it rests on; None for a plan without halves."""
+    if plan.trust.get("verdict") is None:
+        return None
+    verdict = Markdown(f"**{trust_verdict(plan.trust)}**")
+    return [verdict, *(Markdown(line) for line in trust_sentences(plan, escape_markdown))]
 
 
 def _verified(groups: Sequence[Mapping[str, Any]]) -> Markdown | None:

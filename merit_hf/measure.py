@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from merit_hf.config import ConfigError, MeritError, PlanSection
 from merit_hf.data import format_digest, seed_of
-from merit_hf.gradients import GradientSettings, batches_of, dataset_gradient, sample_indices, trained_parameters
+from merit_hf.gradients import GradientSettings, batches_of, dataset_gradient, trained_parameters
 from merit_hf.memory import fitting_settings
 from merit_hf.mixture import PreparedDataset, check_against_plan
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import GradientReadout, load_readout, readout_path, save_readout
+from merit_hf.reliability import next_sample_size, split_half
 from merit_hf.sft import open_loss
 from merit_hf.sketch import Sketch, make_sketch
 from merit_hf.workers import Worker
@@ -31,17 +32,28 @@ _LOSS_FIELDS = ("loss_type", "label_smoothing_factor", "router_aux_loss_coef", "
 _READOUT_FIELDS = {
     "num_samples", "sketch", "sketch_dim", "sketch_by_layer", "stride", "reduction", "tokens_per_batch", "seed",
 }  # fmt: skip
+_AUTO_FIELDS = {"max_num_samples", "min_reliability"}
+# `num_samples: auto` begins with so many: fewer say next to nothing of a reliability.
+FIRST_SAMPLES = 32
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A dataset's sample, where its read-out lies, and the key it is valid under."""
+    """A dataset's examples in the order in which they are sampled, where its read-out lies, and its key.
+
+    `rows` holds all that may be sampled, and every prefix of it is a sample: resuming, and another process, take the
+    same examples. Its even positions are the first half and its odd ones the second, so that halves grow by prefixes
+    too.
+    """
 
     name: str
     num_input_tokens: int
     rows: datasets.Dataset
     path: Path
     key: str
+
+    def num_tokens(self, start: int = 0) -> int:
+        return sum(map(len, self.rows["input_ids"][start:]))
 
     def load(self) -> GradientReadout | None:
         return load_readout(self.path, self.key)
@@ -67,6 +79,9 @@ def measure_gradients(
     Read-outs in `folder` from an earlier try are kept where base, tokens, loss and read-out are the same. Several
     workers of one launch share the rest; each returns when all are done. `folder` exists until the plan is finished.
 
+    Every sample is measured in two disjoint halves, whose weighted mean is the gradient. With `num_samples: auto` it
+    grows until the halves agree (`min_reliability`), up to `max_num_samples` or the dataset's end.
+
     Raises:
         ConfigError: the read-outs would not fit on the disk, or the passes into memory.
         MeritError: a gradient is not finite (names the dataset).
@@ -83,7 +98,7 @@ def measure_gradients(
     missing = [job for job in jobs if job.load() is None]
     if len(missing) < len(jobs):
         progress.note(f"going on: {len(jobs) - len(missing)} of {len(jobs)} gradients are there already")
-    tokens = sum(sum(map(len, job.rows["input_ids"])) for job in missing)
+    tokens = sum(job.num_tokens() for job in missing)
     settings = _settings(model, missing, section, worker)
     if settings.low_memory and section.low_memory is None:
         progress.note("the gradients of all parameters would not fit beside the model: plan.low_memory is on")
@@ -95,9 +110,11 @@ def measure_gradients(
             stage.item(f"{job.name} ({done + 1} of {len(jobs)})")
             try:
                 with open_loss(model, tokenizer, args, job.rows) as trainer:
-                    readout = dataset_gradient(trainer, job.rows, sketch, section.reduction, settings, stage.advance)
+                    readout = _read_in_halves(trainer, job.rows, sketch, section, settings, stage.advance)
             except MeritError as error:
                 raise MeritError(f"dataset `{job.name}`: {error}") from error
+            # Examples that `auto` needed not are done, as far as the bar is concerned.
+            stage.advance(job.num_tokens(readout.num_samples))
             if worker.is_main or not worker.shards:
                 save_readout(job.path, job.key, readout)
 
@@ -165,11 +182,88 @@ def keep_readouts(
             save_readout(path, key, readout)
 
 
+def _read_in_halves(
+    trainer: SFTTrainer,
+    rows: datasets.Dataset,
+    sketch: Sketch,
+    section: PlanSection,
+    settings: GradientSettings,
+    on_batch: Callable[[int], None],
+) -> GradientReadout:
+    """The gradient over `rows`, or over the prefix that `num_samples: auto` settles on, measured half by half."""
+    adaptive = section.num_samples == "auto"
+    halves: list[GradientReadout | None] = [None, None]
+    done, size = 0, min(FIRST_SAMPLES, len(rows)) if adaptive else len(rows)
+    while True:
+        for parity in (0, 1):
+            # Ascending, as the batching of equal lengths follows the order of the rows.
+            positions = [position for position in range(done, size) if position % 2 == parity]
+            if positions:
+                chunk = dataset_gradient(
+                    trainer, rows.select(positions), sketch, section.reduction, settings, on_batch
+                )
+                half = halves[parity]
+                halves[parity] = chunk if half is None else combine(half, chunk, section.reduction)
+        whole = join_halves(halves[0], halves[1], section.reduction)
+        done = size
+        if done == len(rows) or (whole.reliability or 0.0) >= section.min_reliability:
+            return whole
+        size = next_sample_size(done, whole.reliability or 0.0, section.min_reliability, len(rows))
+
+
+def join_halves(first: GradientReadout | None, second: GradientReadout | None, reduction: str) -> GradientReadout:
+    """The whole sample's read-out, with its first half and what the two halves say of its reliability.
+
+    Raises:
+        ValueError: there is no first half.
+    """
+    if first is None:
+        raise ValueError("a sample without examples has no gradient")
+    if second is None:
+        return replace(first, first_half=first.sketch)
+    share = _weight(first, reduction) / (_weight(first, reduction) + _weight(second, reduction))
+    cosine, reliability = split_half(first.sketch, second.sketch, share)
+    return replace(
+        combine(first, second, reduction),
+        first_half=first.sketch,
+        first_share=share,
+        split_half_cosine=cosine,
+        reliability=reliability,
+    )
+
+
+def combine(a: GradientReadout, b: GradientReadout, reduction: str) -> GradientReadout:
+    """The read-out over the examples of both, which share none.
+
+    A mean gradient is the mean of its parts, weighted by loss tokens or by examples; so is its read-out, which is
+    linear. The norm follows from both norms and the read-outs' cosine, whose error is the read-out's:
+    about 1/√k of the product of the two norms.
+    """
+    weight = _weight(a, reduction) / (_weight(a, reduction) + _weight(b, reduction))
+    cosine, _ = split_half(a.sketch, b.sketch, weight)
+    square = (weight * a.norm) ** 2 + ((1 - weight) * b.norm) ** 2
+    square += 2 * weight * (1 - weight) * cosine * a.norm * b.norm
+    return GradientReadout(
+        sketch=np.float32(weight) * a.sketch + np.float32(1 - weight) * b.sketch,
+        norm=max(0.0, square) ** 0.5,
+        loss=weight * a.loss + (1 - weight) * b.loss,
+        num_samples=a.num_samples + b.num_samples,
+        num_input_tokens=a.num_input_tokens + b.num_input_tokens,
+        num_loss_tokens=a.num_loss_tokens + b.num_loss_tokens,
+        num_batches=a.num_batches + b.num_batches,
+    )
+
+
+def _weight(readout: GradientReadout, reduction: str) -> int:
+    return readout.num_loss_tokens if reduction == "token_mean" else readout.num_samples
+
+
 def _sample(dataset: PreparedDataset, section: PlanSection) -> datasets.Dataset:
-    """Rows for the gradient, drawn among those with a loss token by (seed, dataset) alone."""
+    """Rows for the gradient, drawn among those with a loss token by (seed, dataset) alone, in the order drawn."""
     usable = np.flatnonzero(dataset.counts.loss_tokens)
-    chosen = sample_indices(len(usable), section.num_samples, seed_of(section.seed, dataset.name))
-    return dataset.train.select(usable[chosen])
+    limit = section.max_num_samples if section.num_samples == "auto" else section.num_samples
+    order = np.random.default_rng(seed_of(section.seed, dataset.name)).permutation(len(usable))
+    return dataset.train.select(usable[order[:limit]])
 
 
 def _key(
@@ -181,15 +275,17 @@ def _key(
             "tokens": format_digest(dataset.counts.digest),
             "fingerprint": dataset.loaded.fingerprint,
             "loss": {field: str(getattr(args, field)) for field in _LOSS_FIELDS},
-            "plan": section.model_dump(include=_READOUT_FIELDS),
+            "plan": section.model_dump(
+                include=_READOUT_FIELDS | (_AUTO_FIELDS if section.num_samples == "auto" else set())
+            ),
             **({"peft": peft, "seed": args.seed} if peft else {}),
         }
     )
 
 
 def _check_disk(num_datasets: int, dim: int, folder: Path) -> None:
-    """The read-outs lie on the disk twice for a moment: while planning, and in the plan."""
-    needed, free = 2 * 4 * num_datasets * dim, shutil.disk_usage(folder.parent.parent).free
+    """The read-outs lie on the disk twice for a moment, while planning and in the plan; each with its first half."""
+    needed, free = 2 * 2 * 4 * num_datasets * dim, shutil.disk_usage(folder.parent.parent).free
     if needed > 0.9 * free:
         raise ConfigError(
             f"{num_datasets} read-outs of {dim:,} numbers need {needed / 1e9:,.1f} GB on disk, {free / 1e9:,.1f} GB "

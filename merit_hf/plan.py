@@ -24,6 +24,7 @@ from merit_hf import tables
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.conflict import conflict_matrix
 from merit_hf.readouts import SKETCHES_NAME, open_sketches
+from merit_hf.reliability import debias_cosines
 from merit_hf.sharing.untrusted import check_pinned, vet_plan
 from merit_hf.tables import ConflictPairs, LazyMatrix
 from merit_hf.tables import PlannedDataset as PlannedDataset
@@ -52,6 +53,7 @@ class PartitionPlan:
             of more than 1,000 datasets it is made of the sketches when it is first asked for; see `is_measured`.
         explained: share of the variance of C on each axis. bounds: what can be trusted of the axes.
         layers: {layer: (start, stop)} in a sketch with a part for every layer; empty otherwise.
+        trust: whether the plan is worth following, as [`~merit_hf.trust.assess`] says; empty where nothing is known.
         skipped: datasets left out, with the reason.
         inputs_sha256: of what the planner was given; the same inputs are not planned twice.
         parent_sha256: of the plan that `merit extend` made this one of.
@@ -69,6 +71,7 @@ class PartitionPlan:
     explained: list[float] = field(default_factory=list)
     bounds: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    trust: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -205,6 +208,7 @@ class PartitionPlan:
             **({"peft": self.peft} if self.peft else {}),
             "explained": self.explained,
             "bounds": self.bounds,
+            "trust": self.trust,
             "skipped": self.skipped,
             "inputs_sha256": self.inputs_sha256,
             **({"parent_sha256": self.parent_sha256} if self.parent_sha256 else {}),
@@ -238,6 +242,8 @@ class PartitionPlan:
                 peft=content.get("peft", {}),
                 layers={k: (int(v[0]), int(v[1])) for k, v in content["sketch"].get("layers", {}).items()},
                 parent_sha256=content.get("parent_sha256"),
+                # Plans of before halves were kept have none.
+                trust=content.get("trust", {}),
                 **{key: content[key] for key in _CONTENT},
             )
             plan._find_conflicts(folder)
@@ -277,6 +283,16 @@ class PartitionPlan:
 
     def load_sketches(self) -> np.ndarray | None:
         """The gradient read-outs, float32 [T, dim], memory-mapped; None where the split needed none."""
+        return self._open("sketches")
+
+    def load_first_halves(self) -> np.ndarray | None:
+        """The read-outs of the first half of each sample, float32 [T, dim]; None where the plan kept none.
+
+        The second half's is (sketch − w · first) / (1 − w), with w the dataset's `first_half_share`.
+        """
+        return self._open("first_half")
+
+    def _open(self, name: str) -> np.ndarray | None:
         if self.folder is None:
             return None
         path = self.folder / SKETCHES_NAME
@@ -284,7 +300,7 @@ class PartitionPlan:
             from merit_hf.hub import fetch_sketches
 
             fetch_sketches(self.repo_id, self.revision, SKETCHES_NAME)
-        return open_sketches(path) if path.exists() else None
+        return open_sketches(path, name) if path.exists() else None
 
     def layer_matrices(self) -> dict[str, np.ndarray]:
         """The conflict matrix of every layer, float64 [T, T]: the cosines of the gradients of its parameters alone.
@@ -313,7 +329,12 @@ class PartitionPlan:
 
     def _matrix_of_sketches(self) -> np.ndarray | None:
         sketches = self.load_sketches()
-        return None if sketches is None else conflict_matrix(sketches)
+        if sketches is None:
+            return None
+        cosines = conflict_matrix(sketches)
+        if self.config["plan"].get("debias") != "split_half":
+            return cosines
+        return debias_cosines(cosines, [dataset.reliability for dataset in self.datasets])[0]
 
     def _check_identity(self, recorded: str, folder: Path) -> None:
         total = sum(group.train_input_tokens for group in self.groups)

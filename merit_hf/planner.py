@@ -36,6 +36,7 @@ from merit_hf.mixture import PreparedDataset, prepare_mixture, read_mixture
 from merit_hf.plan import PartitionPlan, PlannedDataset, canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import SKETCHES_NAME, GradientReadout, write_sketches
+from merit_hf.reliability import debias_cosines
 from merit_hf.resolved import first_difference, local_settings, published_config
 from merit_hf.sft import (
     build_args,
@@ -49,6 +50,7 @@ from merit_hf.sft import (
 from merit_hf.sharded import shard_model
 from merit_hf.sketch import layer_parts
 from merit_hf.tables import ConflictPairs
+from merit_hf.trust import assess
 from merit_hf.versions import library_versions
 from merit_hf.workers import Worker, check_processes
 
@@ -120,27 +122,35 @@ class MeritPlanner:
             self.worker.wait(until=output.exists)
             return PartitionPlan.from_pretrained(output)
         matrix_start = time.monotonic()
-        sketches = [readout.sketch for readout in readouts]
-        matrix = _matrix([d.name for d in prepared], sketches) if sketches else None
+        names = [dataset.name for dataset in prepared]
+        matrix, noted = self._cosines(names, readouts)
         tags = {spec.name: spec.tag for spec in self.config.datasets}
         coordinates, axes = self._axes(matrix, readouts)
+
+        def split(matrix: np.ndarray | None, chosen: Sequence[int] | np.ndarray) -> np.ndarray:
+            some = [prepared[i] for i in chosen]
+            return split_datasets(some, tags, matrix, self.config.plan, self.config.num_groups)
+
         groups = split_datasets(prepared, tags, matrix, self.config.plan, self.config.num_groups, coordinates)
+        all_sampled = self._all_sampled(prepared, readouts)
+        trust = assess(readouts, names, groups, split, axes["bounds"], self.config.plan, all_sampled)
         plan = PartitionPlan(
             config=published_config(self.config),
             base=base,
-            datasets=self.planned_datasets(prepared, readouts, groups, coordinates),
+            datasets=self.planned_datasets(prepared, readouts, groups, coordinates, trust.probability),
             groups=[],
             sft=identity_fields(args),
             peft=peft,
             conflict_matrix=matrix,
             layers=layer_parts([name for name, _ in trained_parameters(model)], self.config.plan.sketch_dim)
-            if self.config.plan.sketch_by_layer and sketches
+            if self.config.plan.sketch_by_layer and readouts
             else {},
             skipped=skipped | dropped,
             versions=library_versions(),
             inputs_sha256=canonical_sha256(inputs),
             local=local_settings(self.config, folder),
             parent_sha256=self.parent.sha256 if self.parent else None,
+            trust=trust.facts | noted,
             **axes,
         )
         trains = {dataset.name: dataset.train for dataset in prepared}
@@ -158,7 +168,8 @@ class MeritPlanner:
         if not self.worker.is_main:
             self.worker.wait(until=output.exists)
             return PartitionPlan.from_pretrained(output)
-        return save_plan(plan, sketches, part, output)
+        firsts = [readout.first_half for readout in readouts if readout.first_half is not None]
+        return save_plan(plan, [readout.sketch for readout in readouts], part, output, first_halves=firsts)
 
     def _check_group_count(self, num_datasets: int, left_out: dict[str, str]) -> None:
         if self.config.num_groups > num_datasets:
@@ -233,6 +244,7 @@ class MeritPlanner:
         readouts: Sequence[GradientReadout],
         groups: np.ndarray,
         coordinates: np.ndarray | None,
+        probability: Sequence[float | None] | None = None,
     ) -> list[PlannedDataset]:
         """The rows of datasets.parquet. `coordinates`: [T, r]; None where the split needs no gradients."""
         specs = {spec.name: spec for spec in self.config.datasets}
@@ -261,9 +273,30 @@ class MeritPlanner:
                     config=spec.config,
                     split=spec.split if loaded.repo_id else None,
                     revision=loaded.revision,
+                    split_half_cosine=readout.split_half_cosine if readout else None,
+                    reliability=readout.reliability if readout else None,
+                    first_half_share=readout.first_share if readout else None,
+                    group_probability=probability[index] if probability else None,
                 )
             )
         return rows
+
+    def _cosines(
+        self, names: Sequence[str], readouts: Sequence[GradientReadout]
+    ) -> tuple[np.ndarray | None, dict[str, Any]]:
+        """C by `plan.debias`, and what of the correction is to be noted."""
+        if not readouts:
+            return None, {}
+        matrix = _matrix(names, [readout.sketch for readout in readouts])
+        if self.config.plan.debias == "none":
+            return matrix, {}
+        matrix, plain, clipped = debias_cosines(matrix, [readout.reliability for readout in readouts])
+        return matrix, {"debias": {"uncorrected": [names[i] for i in plain], "clipped_pairs": clipped}}
+
+    def _all_sampled(self, prepared: Sequence[PreparedDataset], readouts: Sequence[GradientReadout]) -> bool:
+        """No dataset has examples left that a larger sample could take."""
+        usable = [int(np.count_nonzero(dataset.counts.loss_tokens)) for dataset in prepared]
+        return all(readout.num_samples >= count for readout, count in zip(readouts, usable, strict=False))
 
     def _axes(
         self, matrix: np.ndarray | None, readouts: Sequence[GradientReadout]
@@ -277,9 +310,12 @@ class MeritPlanner:
         coordinates, singular_values = partition.principal_axes(matrix, shown, section.center)
         explained = partition.explained_shares(matrix, singular_values, shown, section.center)
         error = sketch_error(len(matrix), len(readouts[0].sketch), section.sketch)
-        p_value = structure_p_value(matrix, section.seed)
-        verdict = "unknown" if p_value is None else "structure" if p_value <= 0.05 else "noise"
-        bounds = axis_bounds(singular_values, num_axes, error) | {"structure_p_value": p_value, "verdict": verdict}
+        bounds = axis_bounds(singular_values, num_axes, error)
+        if all(readout.reliability is None for readout in readouts):
+            # Without halves there is only this to go by. It takes one direction that all share for structure.
+            p_value = structure_p_value(matrix, section.seed)
+            verdict = "unknown" if p_value is None else "structure" if p_value <= 0.05 else "noise"
+            bounds |= {"structure_p_value": p_value, "verdict": verdict}
         return coordinates, {"explained": explained, "bounds": bounds}
 
 
@@ -311,6 +347,7 @@ def save_plan(
     part: Path,
     output: Path,
     pairs: ConflictPairs | None = None,
+    first_halves: Sequence[np.ndarray] = (),
 ) -> PartitionPlan:
     """Write everything to `part/plan`, move it to `output`, and drop the work in progress.
 
@@ -321,7 +358,7 @@ def save_plan(
     finished.mkdir(parents=True)
     plan.save_pretrained(finished, pairs)
     if sketches:
-        write_sketches(finished / SKETCHES_NAME, sketches)
+        write_sketches(finished / SKETCHES_NAME, sketches, first_halves)
     os.rename(finished, output)
     shutil.rmtree(part)
     saved = PartitionPlan.from_pretrained(output)

@@ -15,6 +15,7 @@ from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.pipeline import RunResult
 from merit_hf.plan import PartitionPlan
 from merit_hf.report.words import cosine_sentence, verdict_sentence
+from merit_hf.trust_words import trust_sentences
 
 # Beyond this share of the distance from the base, the rounding of the output is worth a word.
 MUCH_CAST_LOSS = 0.1
@@ -23,7 +24,7 @@ _MAX_NAMES = 20
 
 
 def plan_summary(plan: PartitionPlan) -> list[Any]:
-    """Groups with their tokens, and what can be said of the axes."""
+    """Groups with their tokens, how far they can be trusted, and as the last sentence whether to follow the plan."""
     table = Table(
         title=f"Plan {plan.sha256[:12]}: {len(plan.datasets)} datasets, {plan.num_groups} groups", title_justify="left"
     )
@@ -49,6 +50,7 @@ def plan_summary(plan: PartitionPlan) -> list[Any]:
         lines.append(f"{truncated} examples were cut to max_length, {dropped} dropped because no loss token was left.")
     if plan.is_measured and len(plan.datasets) > 1:
         lines.append(cosine_sentence(plan))
+        lines += trust_sentences(plan)
         lines.append(verdict_sentence(plan))
     return lines
 

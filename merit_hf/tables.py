@@ -29,6 +29,9 @@ class PlannedDataset:
         num_sampled: examples behind the gradient; 0 where the split needs none.
         projected_group: of a dataset that `merit extend` added beside the finished groups, the group on whose side of
             the frozen cuts it falls; None for the datasets that the axes were made of.
+        split_half_cosine, reliability: of the two halves of the sample, as [`~merit_hf.reliability.split_half`] has
+            them; None without halves. first_half_share: the weight of the first half in the gradient.
+        group_probability: how often the dataset stays in its group under re-drawn samples.
         fingerprint: sha256 of the rows. tokens_digest: of the token sequences and labels, whatever their order.
     """
 
@@ -52,6 +55,10 @@ class PlannedDataset:
     split: str | None = None
     revision: str | None = None
     projected_group: int | None = None
+    split_half_cosine: float | None = None
+    reliability: float | None = None
+    first_half_share: float | None = None
+    group_probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,8 @@ _DATASET_SCHEMA = pa.schema(
         ("num_truncated", pa.int64()), ("num_sampled", pa.int64()), ("gradient_norm", pa.float64()),
         ("base_loss", pa.float64()), ("coordinates", pa.list_(pa.float64())), ("repo_id", pa.string()),
         ("config", pa.string()), ("split", pa.string()), ("revision", pa.string()), ("projected_group", pa.int64()),
+        ("split_half_cosine", pa.float64()), ("reliability", pa.float64()), ("first_half_share", pa.float64()),
+        ("group_probability", pa.float64()),
     ]
 )  # fmt: skip
 _GROUP_SCHEMA = pa.schema(

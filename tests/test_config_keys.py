@@ -94,6 +94,13 @@ PLAN_CASES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "plan.split": ((), "plan.split=random", "matrix"),
     "plan.num_groups": ((), "plan.num_groups=3", "groups"),
     "plan.num_samples": ((), "plan.num_samples=3", "sketches"),
+    "plan.min_reliability": (
+        ("plan.num_samples=auto", "plan.min_reliability=0.01"),
+        "plan.min_reliability=0.99",
+        "sketches",
+    ),
+    "plan.max_num_samples": (("plan.num_samples=auto",), "plan.max_num_samples=6", "sketches"),
+    "plan.debias": ((), "plan.debias=split_half", "matrix"),
     "plan.sketch": ((), "plan.sketch=exact", "sketches"),
     "plan.sketch_dim": ((), "plan.sketch_dim=256", "sketches"),
     "plan.sketch_by_layer": ((), "plan.sketch_by_layer=true", "sketches"),

@@ -13,9 +13,10 @@ from merit_hf.plan import PartitionPlan
 from merit_hf.report import charts
 from merit_hf.report.blocks import Cell, Table, count, decimals, group_cell, listed, number, plural, text
 from merit_hf.report.run_folder import RunFolder, TrainedModel
-from merit_hf.report.words import cosine_sentence, verdict_sentence
+from merit_hf.report.words import cosine_sentence, is_noise, verdict_sentence
 from merit_hf.tables import MAX_ALL_PAIRS
 from merit_hf.text import hide_local_paths, public_text
+from merit_hf.trust_words import trust_sentences
 
 _MAX_PAIRS = 6
 
@@ -47,7 +48,8 @@ def plan_facts(plan: PartitionPlan) -> dict[str, Any]:
         facts["conflict"] = {
             "cosines": cosine_sentence(plan).replace(" -", " −"),
             "verdict": verdict_sentence(plan),
-            "noise": plan.bounds.get("verdict") == "noise",
+            "noise": is_noise(plan),
+            "trust": [line.replace(" -", " −") for line in trust_sentences(plan)],
             "whole": matrix is not None,
             "pairs": _pairs_table(plan),
             "axes": _axes_table(plan),
@@ -292,14 +294,8 @@ def in_short(run: RunFolder, training: Mapping[str, Any], merge: Mapping[str, An
         f"{plural(len(plan.datasets), 'dataset')} ({summed_tokens(plan)} tokens a pass) were split into "
         f"{plural(plan.num_groups, 'group')}, {how_split(plan)}."
     ]
-    p_value, verdict = plan.bounds.get("structure_p_value"), plan.bounds.get("verdict")
-    if verdict == "structure":
-        lines.append(f"The conflicts hold more structure than shuffles of themselves do (p = {p_value:.3f}).")
-    elif verdict == "noise":
-        lines.append(
-            f"The conflicts hold no more structure than shuffles of themselves do (p = {p_value:.2f}): this split may "
-            "be no better than a random one."
-        )
+    if plan.conflict_matrix is not None and len(plan.datasets) > 1:
+        lines.append(verdict_sentence(plan))
     done = sum(model.manifest["status"] == "complete" for model in run.groups.values())
     if run.groups:
         counted = (

@@ -6,6 +6,7 @@ import numpy as np
 
 from merit_hf.conflict import cosine_statistics
 from merit_hf.plan import PartitionPlan
+from merit_hf.trust_words import trust_verdict
 
 
 def cosine_sentence(plan: PartitionPlan) -> str:
@@ -21,7 +22,9 @@ def cosine_sentence(plan: PartitionPlan) -> str:
 
 
 def verdict_sentence(plan: PartitionPlan) -> str:
-    """In words: is there structure, and do the axes stand."""
+    """In words: is the plan worth following? Where no halves were kept: is there structure, and do the axes stand."""
+    if plan.trust.get("verdict") is not None:
+        return trust_verdict(plan.trust)
     bounds = plan.bounds
     p_value, angles = bounds.get("structure_p_value"), bounds.get("sin_angle")
     if bounds.get("verdict") == "noise":
@@ -33,3 +36,8 @@ def verdict_sentence(plan: PartitionPlan) -> str:
     if angles is None:
         return first + " A stride read-out has no bound on its axes."
     return first + f" The read-out's error turns axis 1 by at most sin(angle) = {angles[0]:.2f}."
+
+
+def is_noise(plan: PartitionPlan) -> bool:
+    """The plan says that its groups are no better than random ones."""
+    return plan.trust.get("verdict", plan.bounds.get("verdict")) in ("random", "noise")
