@@ -78,7 +78,7 @@ def debias_cosines(matrix: np.ndarray, reliabilities: Sequence[float | None]) ->
     """
     plain = [i for i, r in enumerate(reliabilities) if r is None or r < MIN_DEBIAS_RELIABILITY]
     scale = np.array([1.0 if i in set(plain) else r for i, r in enumerate(reliabilities)], dtype=np.float64) ** -0.5
-    corrected = matrix * scale[:, None] * scale[None, :]
+    corrected = matrix * np.outer(scale, scale)
     np.fill_diagonal(corrected, 1.0)
     clipped = int((np.abs(corrected) > 1).sum()) // 2
     return np.clip(corrected, -1.0, 1.0), plain, clipped

@@ -160,16 +160,23 @@ class RandomTest:
         within: mean cosine inside the groups found. random: the mean of that over random groups. Both on examples that
             played no part in finding them, and corrected for the datasets' reliability.
         smallest_p: what p could be at best: with few datasets there are only so many ways to group them.
+        readout_gain: what the read-out's error alone could add to the mean at most; None where no bound is known. The
+            error is the same in both halves, so crossing them does not take it out.
     """
 
     p_value: float
     within: float
     random: float
     smallest_p: float
+    readout_gain: float | None
 
 
 def compare_with_random(
-    products: HalfProducts, resplit: Resplit, num_permutations: int = NUM_PERMUTATIONS, seed: int = 0
+    products: HalfProducts,
+    resplit: Resplit,
+    readout_error: float | None = 0.0,
+    num_permutations: int = NUM_PERMUTATIONS,
+    seed: int = 0,
 ) -> RandomTest | None:
     """Cross-fitted permutation test: "is this split better than a random one?"
 
@@ -181,6 +188,9 @@ def compare_with_random(
     groups were made, so under noise alone, or one direction that all share, every filling is as good: p is uniform.
 
     None where no two datasets share a group, or all share one.
+
+    Args:
+        readout_error: ‖E‖₂, the spectral norm of the error that the read-out puts on C; None where it is not known.
     """
     first, second, between = products.halves()
     groups = resplit(first)
@@ -190,12 +200,16 @@ def compare_with_random(
     if len(set(groups.tolist())) == 1 or not np.isfinite(scores).all():
         return None
     observed, null = scores[0], scores[1:]
+    inside = (groups[:, None] == groups[None, :]) & ~np.eye(len(groups), dtype=bool)
+    # Over the groups' indicators 1ₖ, Σ 1ₖᵀ E 1ₖ ≤ ‖E‖₂ Σ ‖1ₖ‖² = ‖E‖₂ T.
+    gain = None if readout_error is None else readout_error * len(groups) / float(np.outer(root, root)[inside].sum())
     best = 1 + (null >= scores.max() - 1e-9).sum()
     return RandomTest(
         p_value=float((1 + (null >= observed - 1e-9).sum()) / (1 + num_permutations)),
         within=float(observed),
         random=float(null.mean()),
         smallest_p=float(best / (1 + num_permutations)),
+        readout_gain=gain,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from merit_hf.config import PlanSection
+from merit_hf.conflict import sketch_error
 from merit_hf.readouts import GradientReadout
 from merit_hf.reliability import RELIABLE, debias_cosines, samples_needed
 from merit_hf.stability import Bootstrap, HalfProducts, RandomTest, bootstrap_groups, compare_with_random
@@ -88,7 +89,8 @@ def assess(
     def split(matrix: np.ndarray) -> np.ndarray:
         return resplit(debias_cosines(matrix, [r.reliability for r in picked])[0] if corrected else matrix, chosen)
 
-    stability, test = _statistics(picked, groups, chosen, split, section)
+    error = sketch_error(len(chosen), len(picked[0].sketch), section.sketch)
+    stability, test = _statistics(picked, groups, chosen, split, section, error)
     everything = [readouts[i] for i in used]
     facts: dict[str, Any] = {
         "num_datasets": len(chosen),
@@ -119,6 +121,7 @@ def _statistics(
     chosen: np.ndarray,
     split: Callable[[np.ndarray], np.ndarray],
     section: PlanSection,
+    readout_error: float | None,
 ) -> tuple[Bootstrap | None, RandomTest | None]:
     """Nothing where there is nothing to choose: one group, or one dataset a group."""
     if not 1 < len(np.unique(groups)) < len(groups) or len(np.unique(groups)) >= len(chosen):
@@ -130,7 +133,7 @@ def _statistics(
     own = groups if len(chosen) == len(groups) else split(products.replica(np.zeros(len(chosen))))
     return (
         bootstrap_groups(products, own, split, count_replicas(len(chosen), section.split), section.seed),
-        compare_with_random(products, split, seed=section.seed),
+        compare_with_random(products, split, readout_error, seed=section.seed),
     )
 
 
@@ -167,10 +170,12 @@ def judge(
 ) -> dict[str, Any]:
     """The verdict, and how many samples to ask for.
 
-    - `follow`: better than random (p ≤ 0.05) and stable (adjusted Rand index ≥ 0.6).
+    - `follow`: better than random (p ≤ 0.05, by more than the read-out's error can make) and stable (adjusted Rand
+      index ≥ 0.6).
     - `weak`: better than random but not stable, or not distinguishable from random while the gradients are still noisy
       and more samples are within reach.
-    - `random`: not better than random although the gradients are reliable, or so noisy that no number follows.
+    - `random`: not better than random although the gradients are reliable or all examples are used, or so noisy that
+      no number follows.
     - `unknown`: no test was possible, or so few ways to group the datasets that it could not come out.
 
     Args:
@@ -181,7 +186,7 @@ def judge(
         return {"verdict": "unknown", "advised_num_samples": None}
     samples, needed = reliability["num_samples"], reliability["num_samples_needed"]
     settled = reliability["median"] >= RELIABLE
-    if test.p_value <= SIGNIFICANT:
+    if is_better(test.p_value, test.within - test.random, test.readout_gain):
         if index >= STABLE:
             return {"verdict": "follow", "advised_num_samples": None}
         wanted = 2 * samples if settled or needed is None else max(needed, samples + 1)
@@ -189,3 +194,8 @@ def judge(
     if settled or all_sampled or needed is None or needed > MAX_FACTOR * samples:
         return {"verdict": "random", "advised_num_samples": None}
     return {"verdict": "weak", "advised_num_samples": needed}
+
+
+def is_better(p_value: float, gain: float, readout_gain: float | None) -> bool:
+    """Better than random groups, by more than the error of the read-out could make by itself."""
+    return p_value <= SIGNIFICANT and (readout_gain is None or gain > readout_gain)

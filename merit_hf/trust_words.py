@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from merit_hf.text import public_text
-from merit_hf.trust import SIGNIFICANT
+from merit_hf.trust import is_better
 
 if TYPE_CHECKING:
     from merit_hf.plan import PartitionPlan
@@ -37,9 +37,16 @@ def trust_sentences(plan: PartitionPlan, show: Callable[[str], str] = _shown) ->
             f"0 chance; {stability['num_replicas']:d} replicas{_of(trust, plan)})." + _unsure(plan, show)
         )
     if test is not None:
+        gain = test["within"] - test["random"]
+        doubt = (
+            f" The read-out's error alone could make a difference of {test['readout_gain']:.3f}."
+            if test["readout_gain"] is not None and gain <= test["readout_gain"]
+            else ""
+        )
         lines.append(
             f"Groups found on one half of the examples, judged on the other: mean cosine inside groups "
             f"{test['within']:.2f}, random groups of the same sizes {test['random']:.2f} (p = {test['p_value']:.3f})."
+            + doubt
         )
     if axes["readout_sin_angle"] and axes["sampling_sin_angle"]:
         lines.append(
@@ -95,9 +102,8 @@ def trust_verdict(trust: dict[str, Any]) -> str:
         return f"Worth following: better than random groups, and stable ({numbers})."
     if trust["verdict"] == "random":
         return f"No better than random groups ({numbers}): train jointly, or split at random."
-    what = (
-        "the groups are better than random ones but not stable" if p_value <= SIGNIFICANT else "noise hides the groups"
-    )
+    better = is_better(p_value, test["within"] - test["random"], test["readout_gain"])
+    what = "the groups are better than random ones but not stable" if better else "noise may hide the groups"
     if advised is None:
         return f"Weak: {what} ({numbers}), and all examples are used. Take fewer groups, or split at random."
     return f"Weak: {what} ({numbers}). Plan again with plan.num_samples={advised:d} (it had {samples:d})."
