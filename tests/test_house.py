@@ -93,6 +93,7 @@ ROAD = [
     "evaluation.evaluator",
     "evaluation.evaluate",
     "sweep",
+    "evaluation.lighteval_tasks",
     "evaluation.harness",
     "diagnosis.basin",
     "diagnosis.evidence",
@@ -253,6 +254,8 @@ def test_conflict_and_partition_are_pure_arrays() -> None:
 def test_every_library_has_its_room() -> None:
     assert {item.room for item in IMPORTS if item.module.split(".")[0] == "mergekit"} <= {"mergekit_engine"}
     assert {item.room for item in IMPORTS if item.module.split(".")[0] == "lm_eval"} == {"evaluation.harness"}
+    lighteval = {item.room for item in IMPORTS if item.module.split(".")[0] == "lighteval"}
+    assert lighteval == {"evaluation.lighteval_tasks"}
     for item in IMPORTS:
         if item.module.split(".")[0] == "huggingface_hub":
             assert item.room in HUB_NAMES, f"{item.room}.py:{item.line}"

@@ -59,7 +59,8 @@ def diagnose(
     Args:
         plan ([`PartitionPlan`]): names base and datasets; losses are SFT's, on its held-out rows.
         checkpoints (`Sequence`): folders of group checkpoints, in any order. One that does not verify is diagnosed
-            too, and the verdict says so.
+            too, and the verdict says so. A LoRA adapter stands for the whole model that it makes of the base,
+            W + s·B·A, and everything is measured in the space of those weights.
         output (`str` or `Path`): folder for the result.
         merged (`str` or `Path`, *optional*): the merged model; the weights are then those of its merge, otherwise the
             plan's tokens.
@@ -98,6 +99,7 @@ def diagnose(
     probed = probe(plan, sources, survey, store, num_samples, forward_only, tokens_per_batch, progress)
     content = _content(plan, probed, folders)
     content["settings"] |= {"num_samples": num_samples, "forward_only": forward_only}
+    content["settings"] |= {"adapters": None if merged is None else read_manifest(merged).get("adapters")}
     content["cost"] |= {"seconds": round(time.monotonic() - start, 1)}
     vocab_size = read_model_config(located["base"]).get("vocab_size")
     content["verdict"] = judge(content, plan.sft.get("learning_rate"), vocab_size)

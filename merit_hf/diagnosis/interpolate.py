@@ -25,7 +25,9 @@ _PIECE = 1 << 17  # elements: 1 MB in float64 for each checkpoint
 
 
 class TensorSource(Protocol):
-    """What a checkpoint must offer: its tensors by name, each as a flat tensor. An adapter may compute them."""
+    """What a checkpoint must offer: its tensors by name, each flat. Of a group's, no more than slices are taken: base
+    and adapter compute W + s·B·A slice by slice (`adapted.AdaptedCheckpoint`), and never hold it.
+    """
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
@@ -115,7 +117,7 @@ class Mover:
     def _pieces(self, name: str, coefficients: Sequence[tuple[str, float]]) -> Iterator[tuple[slice, torch.Tensor]]:
         """Consecutive parts of Σ c_j θ_j for one tensor, float64."""
         tensors = [(self._sources[label].flat(name), value) for label, value in coefficients]
-        for rows in _slices(tensors[0][0].numel()):
+        for rows in _slices(self._targets[name].numel()):
             mixed = tensors[0][0][rows].to(torch.float64) * tensors[0][1]
             for tensor, value in tensors[1:]:
                 mixed.add_(tensor[rows].to(torch.float64), alpha=value)
