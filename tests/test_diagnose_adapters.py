@@ -36,14 +36,14 @@ def diagnosed(
     """Plan, LoRA groups, a folder with the three forms of their merge, and a diagnosis with each."""
     folder = tmp_path_factory.mktemp("lora")
     lora = ("peft.r=4", "peft.lora_alpha=16", "peft.target_modules=[q_proj, down_proj]")
-    plan = make_plan(*lora, "sft.learning_rate=0.1", "sft.num_train_epochs=4")
+    plan = make_plan(*lora, "sft.learning_rate=0.03")
     groups = [train_group(plan, k, folder / str(k), progress=QUIET) for k in range(2)]
     merge_groups(plan, groups, folder / "dense", out_dtype="float32")
     merge_groups(plan, groups, folder / "concat", adapters="concat")
     merge_groups(plan, groups, folder / "svd", adapters="svd", svd_rank=2)
     contents = {
         form: diagnose(
-            plan, groups, folder / "d", merged=folder / form, joint=groups[1], num_samples=6, epsilons=(0.5, 1.0),
+            plan, groups, folder / "d", merged=folder / form, joint=groups[1], num_samples=6, epsilons=(0.25, 1.0),
             forward_only=form != "dense", progress=QUIET,
         )
         for form in ("dense", "concat", "svd")
@@ -116,7 +116,7 @@ def test_gradients_of_the_whole_weights_predict_the_gain(diagnosed: Any) -> None
 def test_what_an_adapter_stands_for_decides_what_is_measured_again(diagnosed: Any, tmp_path: Path) -> None:
     plan, groups, folder, _ = diagnosed
     shutil.copytree(folder / "d", tmp_path / "d")
-    options: dict[str, Any] = {"num_samples": 6, "epsilons": (0.5, 1.0), "forward_only": True, "progress": QUIET}
+    options: dict[str, Any] = {"num_samples": 6, "epsilons": (0.25, 1.0), "forward_only": True, "progress": QUIET}
     again = diagnose(plan, groups, tmp_path / "d", **options)
     kept = len(list((tmp_path / "d" / "measurements").iterdir())) - 1
     assert again["cost"]["num_reused"] >= again["cost"]["num_points"]
