@@ -99,6 +99,7 @@ ROAD = [
     "diagnosis.evidence",
     "diagnosis.verdict",
     "diagnosis.interpolate",
+    "diagnosis.renamed",
     "diagnosis.losses",
     "diagnosis.analysis",
     "diagnosis.probe",

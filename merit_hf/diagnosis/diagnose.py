@@ -33,6 +33,7 @@ from merit_hf.verification.verify import verify_checkpoint
 SCHEMA_VERSION = 1
 DIAGNOSIS_NAME = "diagnosis.json"
 MEASUREMENTS_NAME = "measurements"
+RENAMED_NAME = "renamed.part"
 NUM_BOOTSTRAP = 1000
 
 
@@ -96,7 +97,8 @@ def diagnose(
         merged=merged is not None,
     )
     sources = dict(zip(located, aligned, strict=True))
-    probed = probe(plan, sources, survey, store, num_samples, forward_only, tokens_per_batch, progress)
+    scratch = Path(output) / RENAMED_NAME
+    probed = probe(plan, sources, survey, store, num_samples, forward_only, tokens_per_batch, progress, scratch)
     content = _content(plan, probed, folders)
     content["settings"] |= {"num_samples": num_samples, "forward_only": forward_only}
     content["settings"] |= {"adapters": None if merged is None else read_manifest(merged).get("adapters")}

@@ -132,6 +132,15 @@ class Mover:
         return torch.randn(origin.numel(), generator=generator).mul_(sigma * scale)
 
 
+def holds_the_same_tensors(model: torch.nn.Module, base: TensorSource) -> bool:
+    """Whether the model calls its tensors what the checkpoint calls them, so that a [`Mover`] can set them."""
+    try:
+        _targets(model, base)
+    except MeritError:
+        return False
+    return True
+
+
 def _targets(model: torch.nn.Module, base: TensorSource) -> dict[str, torch.Tensor]:
     """The model's own floating tensors by name, a tied one under its first name."""
     held = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
@@ -146,8 +155,7 @@ def _targets(model: torch.nn.Module, base: TensorSource) -> dict[str, torch.Tens
     if wrong:
         raise MeritError(
             f"tensor `{wrong[0]}` is not the same in the checkpoints' files and in the loaded model ({len(wrong)} "
-            "such), so points between checkpoints cannot be set in place. Architectures whose weights transformers "
-            "rearranges while loading, such as fused experts, are not supported by diagnose."
+            "such), so points between checkpoints cannot be set in place."
         )
     chosen = {min(stored & set(names)): held[names[0]] for names in places.values()}
     return dict(sorted(chosen.items()))

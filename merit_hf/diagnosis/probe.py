@@ -21,6 +21,7 @@ from merit_hf.diagnosis.analysis import HeldOut, Pair, Weights
 from merit_hf.diagnosis.basin import Point, Survey, with_mean
 from merit_hf.diagnosis.interpolate import Mover
 from merit_hf.diagnosis.losses import LossRows, RowLosses, Store, float32_settings, read_loss_rows, under_other_prompts
+from merit_hf.diagnosis.renamed import under_the_models_names
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress, Stage
 from merit_hf.sft import build_args, load_checkpoint, load_tokenizer, open_loss
@@ -63,11 +64,13 @@ def probe(
     forward_only: bool,
     tokens_per_batch: int,
     progress: Progress,
+    scratch: Path,
 ) -> Probed:
     """Measure `survey` on the plan's held-out rows.
 
     Args:
         sources: `base`, `group-k` for the survey's groups, and `merged` and `joint` where they are given.
+        scratch: a folder that does not last, for architectures whose tensors are renamed while loading.
     """
     args = build_args(float32_settings(plan))
     base = sources["base"].folder
@@ -76,11 +79,15 @@ def probe(
     model = load_checkpoint(base, base, args)
     held_out, training, skipped = read_loss_rows(plan, model, tokenizer, args, num_samples, progress)
     rows = _all_rows(held_out, training)
-    with open_loss(model, tokenizer, args, rows.rows) as trainer:
+    inputs = _inputs(sources, args, progress)
+    with (
+        under_the_models_names(model, sources, args, scratch, progress) as renamed,
+        open_loss(model, tokenizer, args, rows.rows) as trainer,
+    ):
         # Only now: the trainer may have put the model on an accelerator.
         bench = _Bench(
-            plan, Mover(model, sources), RowLosses(trainer, rows, tokens_per_batch), rows, store,
-            _inputs(sources, args, progress), progress,
+            plan, Mover(model, renamed), RowLosses(trainer, rows, tokens_per_batch), rows, store, inputs,
+            progress,
         )  # fmt: skip
         return bench.measure(survey, list(held_out), skipped, forward_only)
 
