@@ -1,6 +1,11 @@
-"""docs/tour.md and its pictures, from the finished run of the quickstart: `make screenshots` after `make demo`.
+r"""docs/tour.md and its pictures, from the finished run of the quickstart: `make screenshots` after `make demo`.
 
     python docs/make_tour.py runs/quickstart/run
+
+Section 5 has its numbers from run/diagnosis, which `merit diagnose` leaves when it is told to:
+
+    cd runs/quickstart/run && merit diagnose plan groups/0 groups/1 groups/2 groups/3 --merged merged \
+        --joint joint/groups/0 --num-samples 4 --forward-only --epsilon 0.5 --epsilon 1 --output diagnosis
 
 Needs Chromium (`make browser`), or the path of one in MERIT_CHROMIUM.
 """
@@ -29,13 +34,15 @@ from merit_hf.text import escape_markdown
 
 DOCS = Path(__file__).resolve().parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+Shot = tuple[str, tuple[int, int], bool, str | None]
 # Name, size of the window, dark, and the heading that the picture begins at.
-SHOTS = (
+SHOTS: tuple[Shot, ...] = (
     ("report_desktop", (1180, 1420), False, None),
     ("report_conflict", (1180, 1010), False, "Which datasets agree, and which conflict"),
     ("report_phone", (360, 1100), False, "Which datasets agree, and which conflict"),
     ("report_dark", (1180, 1180), True, "The results: winners and losers"),
 )
+DIAGNOSIS_SHOT: Shot = ("report_diagnosis", (1180, 1000), False, "The diagnosis: was it one basin")
 
 
 def render_tour(run: RunFolder) -> str:
@@ -101,13 +108,13 @@ def head(table: Table) -> str:
     return f"| {' | '.join(titles)} |\n|{'|'.join(rule)}|"
 
 
-def take_screenshots(page_path: Path, folder: Path) -> None:
+def take_screenshots(page_path: Path, folder: Path, shots: Sequence[Shot]) -> None:
     from playwright.sync_api import sync_playwright
 
     found = os.environ.get("MERIT_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found)
-        for name, (width, height), dark, heading in SHOTS:
+        for name, (width, height), dark, heading in shots:
             page = browser.new_page(
                 viewport={"width": width, "height": height},
                 color_scheme="dark" if dark else "light",
@@ -151,7 +158,8 @@ def main() -> None:
         for source, name in ((Path(scratch) / "figures/conflict.png", "conflict"),
                              (Path(scratch) / "figures/axes.png", "axes"), (picture, "results")):  # fmt: skip
             shutil.copyfile(source, images / f"quickstart_{name}.png")
-        take_screenshots(write_report(options.run, Path(scratch) / "report.html"), images)
+        shots = SHOTS if run.diagnosis is None else (*SHOTS, DIAGNOSIS_SHOT)
+        take_screenshots(write_report(options.run, Path(scratch) / "report.html"), images, shots)
 
 
 if __name__ == "__main__":

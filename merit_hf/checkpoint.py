@@ -114,20 +114,23 @@ def read_tensor_index(folder: Path, file: str | None = None) -> dict[str, Tensor
     return dict(sorted(tensors.items()))
 
 
-def weights_sha256(folder: Path) -> str:
-    """Hash over the sorted (name, dtype, shape, bytes) of all tensors: independent of sharding and of file order."""
+def weights_sha256(folder: Path, file: str | None = None) -> str:
+    """Hash over the sorted (name, dtype, shape, bytes) of all tensors: independent of sharding and of file order.
+
+    With `file`, of those in that file of the folder, such as an adapter's.
+    """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_READ_BYTES))
     with contextlib.ExitStack() as stack:
         opened: dict[str, BinaryIO] = {}
-        for name, info in read_tensor_index(folder).items():
+        for name, info in read_tensor_index(folder, file).items():
             digest.update(json.dumps([name, info.dtype, info.shape]).encode())
             if info.file not in opened:
                 opened[info.file] = stack.enter_context((Path(folder) / info.file).open("rb", buffering=0))
-            file, left = opened[info.file], info.end - info.start
-            file.seek(info.start)
+            stream, left = opened[info.file], info.end - info.start
+            stream.seek(info.start)
             while left:
-                count = file.readinto(buffer[: min(left, _READ_BYTES)])  # type: ignore[attr-defined]
+                count = stream.readinto(buffer[: min(left, _READ_BYTES)])  # type: ignore[attr-defined]
                 digest.update(buffer[:count])
                 left -= count
     return digest.hexdigest()

@@ -210,9 +210,11 @@ def evaluate(
     tokens_per_batch: Annotated[
         int, typer.Option(min=1, help="Padded tokens in a batch: more is faster and takes more memory.")
     ] = 4096,
-    harness: Annotated[Optional[str], typer.Option(help="Also run benchmarks by name: lm-eval.")] = None,
+    harness: Annotated[Optional[str], typer.Option(help="Also run benchmarks by name: lm-eval or lighteval.")] = None,
     tasks: Annotated[Optional[str], typer.Option(help="The harness's tasks, separated by commas.")] = None,
-    include_path: Annotated[Optional[Path], typer.Option(help="Folder with YAMLs of tasks of your own.")] = None,
+    include_path: Annotated[
+        Optional[Path], typer.Option(help="Tasks of your own: a folder of YAMLs, or lighteval's Python file.")
+    ] = None,
     num_fewshot: Annotated[Optional[int], typer.Option(min=0, help="Examples before each question.")] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="At most so many questions a task; to try it.")] = None,
     apply_chat_template: Annotated[

@@ -25,7 +25,13 @@ Rows = dict[str, list[dict[str, str]]]
 
 
 def make_plan(
-    folder: Path, base: Path, sft: dict[str, Any], plan: dict[str, Any], train: Rows, held_out: Rows
+    folder: Path,
+    base: Path,
+    sft: dict[str, Any],
+    plan: dict[str, Any],
+    train: Rows,
+    held_out: Rows,
+    peft: dict[str, Any] | None = None,
 ) -> PartitionPlan:
     entries = []
     for task, rows in train.items():
@@ -42,6 +48,7 @@ def make_plan(
         "datasets": entries,
         "plan": {"num_samples": 8, "sketch_dim": 1024, **plan},
         "sft": {**common, **sft},
+        **({"peft": peft} if peft else {}),
     }
     path = folder / "mixture.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -118,11 +125,13 @@ def test_a_learning_rate_that_is_too_high(too_fast: tuple[PartitionPlan, list[Pa
     assert not {"wrong_data", "noise", "learnt_nothing", "quadratic"} & found(content).keys()
 
 
-def test_training_rows_with_wrong_answers(scenario: Callable[..., Any]) -> None:
-    def upside_down(row: dict[str, str]) -> dict[str, str]:
-        words = row["prompt"].partition(": ")[2].split()
-        return {**row, "completion": " ".join(reversed(words)).upper()}
+def upside_down(row: dict[str, str]) -> dict[str, str]:
+    """The row with an answer of another kind than its task's."""
+    words = row["prompt"].partition(": ")[2].split()
+    return {**row, "completion": " ".join(reversed(words)).upper()}
 
+
+def test_training_rows_with_wrong_answers(scenario: Callable[..., Any]) -> None:
     _, _, content = scenario(
         1e-3, {task: [upside_down(row) for row in task_rows(task, 60)] for task in ("first", "upper")}
     )

@@ -103,11 +103,13 @@ ROAD = [
     "evaluation.evaluator",
     "evaluation.evaluate",
     "sweep",
+    "evaluation.lighteval_tasks",
     "evaluation.harness",
     "diagnosis.basin",
     "diagnosis.evidence",
     "diagnosis.verdict",
     "diagnosis.interpolate",
+    "diagnosis.renamed",
     "diagnosis.losses",
     "diagnosis.analysis",
     "diagnosis.probe",
@@ -269,6 +271,8 @@ def test_conflict_and_partition_are_pure_arrays() -> None:
 def test_every_library_has_its_room() -> None:
     assert {item.room for item in IMPORTS if item.module.split(".")[0] == "mergekit"} <= {"mergekit_engine"}
     assert {item.room for item in IMPORTS if item.module.split(".")[0] == "lm_eval"} == {"evaluation.harness"}
+    lighteval = {item.room for item in IMPORTS if item.module.split(".")[0] == "lighteval"}
+    assert lighteval == {"evaluation.lighteval_tasks"}
     for item in IMPORTS:
         if item.module.split(".")[0] == "huggingface_hub":
             assert item.room in HUB_NAMES, f"{item.room}.py:{item.line}"

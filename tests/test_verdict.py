@@ -47,6 +47,7 @@ def content(num_groups: int = 3) -> dict[str, Any]:
     labels = ["group-0", "group-1", "group-2", "mean"]
     return {
         "kind": "groups",
+        "settings": {"adapters": None},
         "groups": groups,
         "overall": entry(),
         "datasets": {name: entry() for name in NAMES},

@@ -33,6 +33,7 @@ from merit_hf.verification.verify import verify_checkpoint
 SCHEMA_VERSION = 1
 DIAGNOSIS_NAME = "diagnosis.json"
 MEASUREMENTS_NAME = "measurements"
+RENAMED_NAME = "renamed.part"
 NUM_BOOTSTRAP = 1000
 
 
@@ -59,7 +60,8 @@ def diagnose(
     Args:
         plan ([`PartitionPlan`]): names base and datasets; losses are SFT's, on its held-out rows.
         checkpoints (`Sequence`): folders of group checkpoints, in any order. One that does not verify is diagnosed
-            too, and the verdict says so.
+            too, and the verdict says so. A LoRA adapter stands for the whole model that it makes of the base,
+            W + s·B·A, and everything is measured in the space of those weights.
         output (`str` or `Path`): folder for the result.
         merged (`str` or `Path`, *optional*): the merged model; the weights are then those of its merge, otherwise the
             plan's tokens.
@@ -95,9 +97,11 @@ def diagnose(
         merged=merged is not None,
     )
     sources = dict(zip(located, aligned, strict=True))
-    probed = probe(plan, sources, survey, store, num_samples, forward_only, tokens_per_batch, progress)
+    scratch = Path(output) / RENAMED_NAME
+    probed = probe(plan, sources, survey, store, num_samples, forward_only, tokens_per_batch, progress, scratch)
     content = _content(plan, probed, folders)
     content["settings"] |= {"num_samples": num_samples, "forward_only": forward_only}
+    content["settings"] |= {"adapters": None if merged is None else read_manifest(merged).get("adapters")}
     content["cost"] |= {"seconds": round(time.monotonic() - start, 1)}
     vocab_size = read_model_config(located["base"]).get("vocab_size")
     content["verdict"] = judge(content, plan.sft.get("learning_rate"), vocab_size)

@@ -25,7 +25,9 @@ _PIECE = 1 << 17  # elements: 1 MB in float64 for each checkpoint
 
 
 class TensorSource(Protocol):
-    """What a checkpoint must offer: its tensors by name, each as a flat tensor. An adapter may compute them."""
+    """What a checkpoint must offer: its tensors by name, each flat. Of a group's, no more than slices are taken: base
+    and adapter compute W + s·B·A slice by slice (`adapted.AdaptedCheckpoint`), and never hold it.
+    """
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
@@ -115,7 +117,7 @@ class Mover:
     def _pieces(self, name: str, coefficients: Sequence[tuple[str, float]]) -> Iterator[tuple[slice, torch.Tensor]]:
         """Consecutive parts of Σ c_j θ_j for one tensor, float64."""
         tensors = [(self._sources[label].flat(name), value) for label, value in coefficients]
-        for rows in _slices(tensors[0][0].numel()):
+        for rows in _slices(self._targets[name].numel()):
             mixed = tensors[0][0][rows].to(torch.float64) * tensors[0][1]
             for tensor, value in tensors[1:]:
                 mixed.add_(tensor[rows].to(torch.float64), alpha=value)
@@ -128,6 +130,15 @@ class Mover:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         return torch.randn(origin.numel(), generator=generator).mul_(sigma * scale)
+
+
+def holds_the_same_tensors(model: torch.nn.Module, base: TensorSource) -> bool:
+    """Whether the model calls its tensors what the checkpoint calls them, so that a [`Mover`] can set them."""
+    try:
+        _targets(model, base)
+    except MeritError:
+        return False
+    return True
 
 
 def _targets(model: torch.nn.Module, base: TensorSource) -> dict[str, torch.Tensor]:
@@ -144,8 +155,7 @@ def _targets(model: torch.nn.Module, base: TensorSource) -> dict[str, torch.Tens
     if wrong:
         raise MeritError(
             f"tensor `{wrong[0]}` is not the same in the checkpoints' files and in the loaded model ({len(wrong)} "
-            "such), so points between checkpoints cannot be set in place. Architectures whose weights transformers "
-            "rearranges while loading, such as fused experts, are not supported by diagnose."
+            "such), so points between checkpoints cannot be set in place."
         )
     chosen = {min(stored & set(names)): held[names[0]] for names in places.values()}
     return dict(sorted(chosen.items()))

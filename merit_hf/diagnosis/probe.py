@@ -14,15 +14,17 @@ import datasets
 import numpy as np
 from trl import SFTConfig
 
+from merit_hf.adapters import ADAPTER_NAME, adapter_settings, is_adapter
 from merit_hf.align import Checkpoint
 from merit_hf.checkpoint import read_model_config, weights_sha256
 from merit_hf.diagnosis.analysis import HeldOut, Pair, Weights
 from merit_hf.diagnosis.basin import Point, Survey, with_mean
 from merit_hf.diagnosis.interpolate import Mover
 from merit_hf.diagnosis.losses import LossRows, RowLosses, Store, float32_settings, read_loss_rows, under_other_prompts
-from merit_hf.plan import PartitionPlan
+from merit_hf.diagnosis.renamed import under_the_models_names
+from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress, Stage
-from merit_hf.sft import build_args, load_model, load_tokenizer, open_loss
+from merit_hf.sft import build_args, load_checkpoint, load_tokenizer, open_loss
 from merit_hf.versions import library_versions
 
 # Rows of these kinds lie behind one another; a dataset's are named by kind and dataset.
@@ -62,23 +64,30 @@ def probe(
     forward_only: bool,
     tokens_per_batch: int,
     progress: Progress,
+    scratch: Path,
 ) -> Probed:
     """Measure `survey` on the plan's held-out rows.
 
     Args:
         sources: `base`, `group-k` for the survey's groups, and `merged` and `joint` where they are given.
+        scratch: a folder that does not last, for architectures whose tensors are renamed while loading.
     """
     args = build_args(float32_settings(plan))
     base = sources["base"].folder
     tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
-    model = load_model(base, args)
+    # Never quantised: adapters are moved in the space of the weights that they are merged into.
+    model = load_checkpoint(base, base, args)
     held_out, training, skipped = read_loss_rows(plan, model, tokenizer, args, num_samples, progress)
     rows = _all_rows(held_out, training)
-    with open_loss(model, tokenizer, args, rows.rows) as trainer:
+    inputs = _inputs(sources, args, progress)
+    with (
+        under_the_models_names(model, sources, args, scratch, progress) as renamed,
+        open_loss(model, tokenizer, args, rows.rows) as trainer,
+    ):
         # Only now: the trainer may have put the model on an accelerator.
         bench = _Bench(
-            plan, Mover(model, sources), RowLosses(trainer, rows, tokens_per_batch), rows, store,
-            _inputs(sources, args, progress), progress,
+            plan, Mover(model, renamed), RowLosses(trainer, rows, tokens_per_batch), rows, store, inputs,
+            progress,
         )  # fmt: skip
         return bench.measure(survey, list(held_out), skipped, forward_only)
 
@@ -242,11 +251,11 @@ def _present(pairs: Mapping[int, Pair | None]) -> dict[int, Pair]:
 
 def _inputs(sources: Mapping[str, Checkpoint], args: SFTConfig, progress: Progress) -> dict[str, Any]:
     """What a measurement depends on besides its point and its rows."""
-    hashes = {}
+    hashes: dict[str, str] = {}
     with progress.stage("Hashing checkpoints", total=len(sources)) as stage:
         for label, source in sources.items():
             stage.item(label)
-            hashes[label] = weights_sha256(source.folder)
+            hashes[label] = _source_sha256(source.folder, hashes.get("base", ""))
             stage.advance()
     versions = library_versions()
     return {
@@ -256,6 +265,13 @@ def _inputs(sources: Mapping[str, Checkpoint], args: SFTConfig, progress: Progre
         "device": str(args.device.type),
         "versions": {name: versions.get(name) for name in _VERSIONS},
     }
+
+
+def _source_sha256(folder: Path, base_sha256: str) -> str:
+    """Hash of the weights that a source stands for; an adapter's are its factors, their scaling and the base's."""
+    if not is_adapter(folder):
+        return weights_sha256(folder)
+    return canonical_sha256([base_sha256, weights_sha256(folder, ADAPTER_NAME), adapter_settings(folder)])
 
 
 def _line_position(survey: Survey, gram: np.ndarray, labels: list[str]) -> float:

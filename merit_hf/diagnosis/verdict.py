@@ -214,6 +214,8 @@ def _control_findings(content: Mapping[str, Any]) -> list[Finding]:
             f"{signed(overall['changes']['merged-mean'])})."
         )
         cure = "Rounding may do that (`merit merge --out-dtype float32`), or another method of merging."
+        if content["settings"]["adapters"] == "svd":
+            cure = "Its rank was cut: merge with a higher `--svd-rank`, or exactly with `--adapters concat`."
         findings.append(Finding("not_the_mean", CAUTION, text, cure))
     line = overall["changes"].get("mean-line")
     if line is not None:
