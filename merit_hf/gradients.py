@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import datasets
 import numpy as np
@@ -53,11 +53,13 @@ def dataset_gradient(
     reduction: str = "token_mean",
     tokens_per_batch: int = 2048,
     on_batch: Callable[[int], None] = lambda tokens: None,
+    precondition: Mapping[str, torch.Tensor] | None = None,
 ) -> GradientReadout:
     """The read-out of the mean gradient over tokenised `rows`; independent of batching and padding.
 
     `token_mean`: Σ loss over all rows ÷ number of loss tokens. `example_mean`: mean over rows of a row's own token
-    mean, for which every row is a batch. `on_batch` is told the tokens of each finished batch.
+    mean, for which every row is a batch. `on_batch` is told the tokens of each finished batch. `precondition`: see
+    [`read_out`].
 
     Raises:
         MeritError: no row has a loss token, or the gradient is not finite.
@@ -82,7 +84,7 @@ def dataset_gradient(
         on_batch(sum(lengths[i] for i in indices))
     if not num_terms:
         raise MeritError("none of the sampled examples has a loss token, so there is no gradient.")
-    vector, norm = read_out(model, sketch, 1.0 / num_terms)
+    vector, norm = read_out(model, sketch, 1.0 / num_terms, precondition)
     model.zero_grad(set_to_none=True)
     if not np.isfinite(norm):
         raise MeritError(
@@ -93,14 +95,23 @@ def dataset_gradient(
     )
 
 
-def read_out(model: torch.nn.Module, sketch: Sketch, scale: float) -> tuple[torch.Tensor, float]:
-    """Sketch of `scale` × the accumulated `.grad` of every trained parameter, and the norm of that gradient."""
+def read_out(
+    model: torch.nn.Module, sketch: Sketch, scale: float, precondition: Mapping[str, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, float]:
+    """Sketch of `scale` × the accumulated `.grad` of every trained parameter, and the norm of that gradient.
+
+    With `precondition`, entries are divided by those of the same name before they are sketched, and parameters that
+    are not in it are left out; the norm stays the gradient's own.
+    """
     parameters = trained_parameters(model)
     vector = torch.zeros(sketch.dim, dtype=torch.float32, device=parameters[0][1].device)
     square = 0.0
     for name, parameter in parameters:
         if parameter.grad is None:
             continue
-        sketch.add(vector, name, parameter.grad)
+        if precondition is None:
+            sketch.add(vector, name, parameter.grad)
+        elif name in precondition:
+            sketch.add(vector, name, parameter.grad / precondition[name])
         square += float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)) ** 2
     return vector * scale, square**0.5 * scale

@@ -19,9 +19,10 @@ from merit_hf.data import format_digest, seed_of
 from merit_hf.gradients import dataset_gradient, sample_indices, trained_parameters
 from merit_hf.mixture import PreparedDataset
 from merit_hf.plan import canonical_sha256
+from merit_hf.precondition import adam_denominators, state_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import GradientReadout, load_readout, readout_path, save_readout
-from merit_hf.sft import open_loss
+from merit_hf.sft import identity_fields, open_loss
 from merit_hf.sketch import make_sketch
 from merit_hf.workers import Worker
 
@@ -55,6 +56,7 @@ def measure_gradients(
     worker: Worker,
     progress: Progress,
     peft: dict[str, Any] | None = None,
+    root: Path = Path(),
 ) -> tuple[list[GradientReadout], float]:
     """The read-out of every dataset, in order, and the seconds this call took.
 
@@ -71,14 +73,18 @@ def measure_gradients(
     parameters = [(name, parameter.numel()) for name, parameter in trained_parameters(model)]
     sketch = make_sketch(section.sketch, parameters, section.sketch_dim, section.stride, section.seed)
     _check_disk(len(prepared), sketch.dim, folder)
+    moments = _moments_key(prepared, args, section, root)
     jobs = [
         _Job(d.name, d.counts.num_input_tokens, _sample(d, section), readout_path(folder, d.name), key)
         for d in prepared
-        for key in [_key(d, args, section, weights_sha256, peft)]
+        for key in [_key(d, args, section, weights_sha256, peft, moments)]
     ]
     missing = [job for job in jobs if job.load() is None]
     if len(missing) < len(jobs):
         progress.note(f"going on: {len(jobs) - len(missing)} of {len(jobs)} gradients are there already")
+    precondition = None
+    if missing and section.precondition == "adam":
+        precondition = adam_denominators(prepared, model, tokenizer, args, section, root, progress)
     tokens = sum(sum(map(len, job.rows["input_ids"])) for job in missing)
     with progress.stage("Gradients", total=tokens, unit="tokens") as stage:
         # The largest first, so that no process is left alone with one at the end.
@@ -90,7 +96,13 @@ def measure_gradients(
             try:
                 with open_loss(model, tokenizer, args, job.rows) as trainer:
                     readout = dataset_gradient(
-                        trainer, job.rows, sketch, section.reduction, section.tokens_per_batch, stage.advance
+                        trainer,
+                        job.rows,
+                        sketch,
+                        section.reduction,
+                        section.tokens_per_batch,
+                        stage.advance,
+                        precondition,
                     )
             except MeritError as error:
                 raise MeritError(f"dataset `{job.name}`: {error}") from error
@@ -112,7 +124,12 @@ def _sample(dataset: PreparedDataset, section: PlanSection) -> datasets.Dataset:
 
 
 def _key(
-    dataset: PreparedDataset, args: SFTConfig, section: PlanSection, weights_sha256: str, peft: dict[str, Any] | None
+    dataset: PreparedDataset,
+    args: SFTConfig,
+    section: PlanSection,
+    weights_sha256: str,
+    peft: dict[str, Any] | None,
+    moments: dict[str, Any],
 ) -> str:
     return canonical_sha256(
         {
@@ -122,8 +139,26 @@ def _key(
             "loss": {field: str(getattr(args, field)) for field in _LOSS_FIELDS},
             "plan": section.model_dump(include=_READOUT_FIELDS),
             **({"peft": peft, "seed": args.seed} if peft else {}),
+            **moments,
         }
     )
+
+
+def _moments_key(
+    prepared: Sequence[PreparedDataset], args: SFTConfig, section: PlanSection, root: Path
+) -> dict[str, Any]:
+    """What second moments follow from, for the key of a read-out: the optimizer's file, or the whole mixture."""
+    if section.precondition == "none":
+        return {}
+    if section.optimizer_state is not None:
+        source: Any = state_sha256(root / section.optimizer_state)
+    else:
+        source = {
+            "tokens": {dataset.name: format_digest(dataset.counts.digest) for dataset in prepared},
+            "num_batches": section.precondition_batches,
+            "batch_size": identity_fields(args)["effective_batch_size"],
+        }
+    return {"precondition": section.precondition, "moments": source, "epsilon": args.adam_epsilon}
 
 
 def _check_disk(num_datasets: int, dim: int, folder: Path) -> None:

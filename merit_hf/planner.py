@@ -13,13 +13,14 @@ import argparse
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from merit_hf import partition
 from merit_hf.adapters import lora_config, model_settings
@@ -32,6 +33,7 @@ from merit_hf.groups import GRADIENT_SPLITS, plan_groups, split_datasets
 from merit_hf.hub import resolve_model
 from merit_hf.measure import measure_gradients
 from merit_hf.mixture import PreparedDataset, prepare_mixture, read_mixture
+from merit_hf.oversized import planned_parts, with_parts
 from merit_hf.plan import PartitionPlan, PlannedDataset, canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import SKETCHES_NAME, GradientReadout, write_sketches
@@ -45,6 +47,7 @@ from merit_hf.sft import (
     load_tokenizer,
     take_chat_template,
 )
+from merit_hf.split_inputs import cut_oversized, given_affinity, plan_inputs, text_points
 from merit_hf.versions import library_versions
 from merit_hf.workers import Worker, check_processes
 
@@ -59,9 +62,37 @@ class MeritPlanner:
     """
 
     def __init__(self, config: MeritConfig, progress: Progress | None = None, worker: Worker | None = None) -> None:
-        self.config = config
+        self.config = self._given = config
         self.worker = worker or Worker()
         self.progress = progress or Progress(quiet=not self.worker.is_main)
+
+    @classmethod
+    def from_trainer(
+        cls,
+        trainer: SFTTrainer,
+        datasets: Mapping[str, Dataset],
+        data_dir: str | Path,
+        *,
+        plan: Mapping[str, Any] | None = None,
+        held_out: Mapping[str, Dataset] | None = None,
+        tags: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> MeritPlanner:
+        """A planner for the base, chat template and settings of an `SFTTrainer`, as the same CONFIG would give.
+
+        Args:
+            trainer ([`~trl.SFTTrainer`]): not yet trained. Its own `train_dataset` is not looked at.
+            datasets: what is to be split, by name: rows in a format of TRL's, not tokenised.
+            data_dir: folder to write the rows to, so that groups can be trained from the plan.
+            plan (`dict`, *optional*): keys of CONFIG's `plan:`.
+            held_out, tags (`dict`, *optional*): held-out rows, and labels for a split by tag, by dataset.
+
+        Raises:
+            ConfigError: the trainer was trained already, trains an adapter, or `plan` is refused.
+        """
+        from merit_hf.from_trainer import config_from_trainer
+
+        return cls(config_from_trainer(trainer, datasets, data_dir, plan, held_out, tags), progress)
 
     def plan(self, output: str | Path) -> PartitionPlan:
         """Make the plan and save it in `output`.
@@ -75,6 +106,8 @@ class MeritPlanner:
             MeritError: base or data cannot be read, or a gradient is not finite.
         """
         start = time.monotonic()
+        # Cutting datasets into parts replaces entries; another call starts from those that were given.
+        self.config = self._given
         output = Path(output)
         part = output.with_name(output.name + ".part")
         sft, chat_template = take_chat_template(self.config.sft, self.config.root)
@@ -85,12 +118,12 @@ class MeritPlanner:
             lora_config(self.config.peft)
         loaded, skipped = read_mixture(self.config.datasets, self.config.root, args, self.progress)
         self._check_group_count(len(loaded), skipped)
+        # A matrix that does not fit is told before any model is loaded.
+        given_affinity(self.config, [dataset.name for dataset in loaded])
         folder, base, tokenizer = self._resolve_base(chat_template)
         inputs = self._inputs(base, args, loaded)
         if output.exists():
-            finished = _finished(
-                output, canonical_sha256(inputs), published_config(self.config), local_settings(self.config, folder)
-            )
+            finished = _finished(output, canonical_sha256(inputs), self.config, folder)
             if self.worker.is_main:
                 # A kill between the rename and the clean-up leaves it.
                 shutil.rmtree(part, ignore_errors=True)
@@ -102,6 +135,7 @@ class MeritPlanner:
         peft = model_settings(model) or {}
         prepared, dropped = prepare_mixture(loaded, model, tokenizer, args, self.progress)
         self._check_group_count(len(prepared), skipped | dropped)
+        prepared = self._cut_oversized(prepared, model, tokenizer, args)
         readouts, seconds = self._measure(prepared, model, tokenizer, args, base, part / "gradients", output, peft)
         if not self.worker.is_main:
             self.worker.wait(until=output.exists)
@@ -110,7 +144,11 @@ class MeritPlanner:
         sketches = [readout.sketch for readout in readouts]
         matrix = _matrix([d.name for d in prepared], sketches) if sketches else None
         tags = {spec.name: spec.tag for spec in self.config.datasets}
-        groups = split_datasets(prepared, tags, matrix, self.config.plan, self.config.num_groups)
+        affinity = given_affinity(self.config, [dataset.name for dataset in prepared])
+        points = text_points(self.config, prepared, tokenizer)
+        groups = split_datasets(
+            prepared, tags, matrix if affinity is None else affinity, self.config.plan, self.config.num_groups, points
+        )
         plan = PartitionPlan(
             config=published_config(self.config),
             base=base,
@@ -136,6 +174,17 @@ class MeritPlanner:
             "world_size": self.worker.world_size,
         }
         return _save(plan, sketches, part, output)
+
+    def _cut_oversized(
+        self,
+        prepared: Sequence[PreparedDataset],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: SFTConfig,
+    ) -> list[PreparedDataset]:
+        """With `plan.split_oversized`, parts in place of datasets that outweigh every group, in CONFIG too."""
+        self.config, cut = cut_oversized(self.config, prepared, model, tokenizer, args, self.progress)
+        return cut
 
     def _check_group_count(self, num_datasets: int, left_out: dict[str, str]) -> None:
         if self.config.num_groups > num_datasets:
@@ -167,7 +216,7 @@ class MeritPlanner:
             "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256")},
             "datasets": {dataset.name: dataset.fingerprint for dataset in loaded},
             "tags": {spec.name: spec.tag for spec in self.config.datasets},
-            "plan": self.config.plan.model_dump(exclude={"tokens_per_batch"}),
+            "plan": plan_inputs(self.config),
             "sft": identity_fields(args),
             **({} if self.config.peft is None else {"peft": self.config.peft}),
         }
@@ -198,6 +247,7 @@ class MeritPlanner:
             self.worker,
             self.progress,
             peft,
+            self.config.root,
         )
 
     def _datasets(
@@ -263,11 +313,13 @@ def _matrix(names: Sequence[str], sketches: Sequence[np.ndarray]) -> np.ndarray:
         raise MeritError(f"datasets {', '.join(zero)} have no gradient at the base: {error}.") from error
 
 
-def _finished(output: Path, inputs_sha256: str, config: dict[str, Any], local: dict[str, Any]) -> PartitionPlan:
+def _finished(output: Path, inputs_sha256: str, given: MeritConfig, base: Path) -> PartitionPlan:
     """The plan that is there, with the settings of now where they do not decide it (placement, merge, paths)."""
     plan = PartitionPlan.from_pretrained(output)
+    given = with_parts(given, planned_parts(plan.config["datasets"], given))
+    config, local = published_config(given), local_settings(given, base)
     if plan.inputs_sha256 != inputs_sha256:
-        difference = first_difference(plan.config, config) or "the base's weights or the datasets' rows"
+        difference = first_difference(plan.config, config) or "the base's weights, the datasets' rows or a file"
         raise ConfigError(
             f"{output} holds the plan of other inputs ({difference}). Give another --output, or delete it."
         )
