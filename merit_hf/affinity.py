@@ -53,11 +53,11 @@ def read_affinity(path: Path, names: Sequence[str], parts: Sequence[str | None] 
     chosen = matrix[np.ix_(rows, rows)]
     bad = np.argwhere(~np.isfinite(chosen))
     if len(bad):
-        a, b = bad[0]
+        a, b = map(int, bad[0])
         raise ConfigError(f"{where}: no finite number for `{names[a]}` and `{names[b]}`. Fill it in.")
     apart = np.abs(chosen - chosen.T)
     if apart.max(initial=0.0) > _TOLERANCE * max(1.0, float(np.abs(chosen).max(initial=0.0))):
-        a, b = np.unravel_index(np.argmax(apart), apart.shape)
+        a, b = divmod(int(np.argmax(apart)), len(apart))
         raise ConfigError(
             f"{where}: not symmetric: {chosen[a, b]:g} for `{names[a]}` and `{names[b]}`, {chosen[b, a]:g} the other "
             "way. Average the two halves."

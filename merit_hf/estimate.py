@@ -1,4 +1,4 @@
-"""`merit plan --dry-run`: what planning and training would take, from a short probe of the real model. Saves nothing."""
+"""`merit plan --dry-run`: what planning and training would take, from a short probe of the real model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import datasets
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -103,9 +104,9 @@ def estimate_plan(config: MeritConfig, progress: Progress | None = None) -> Esti
     return _estimate(config, args, model, [len(d.train) for d in loaded], tokens, sum(sampled), probed, seconds)
 
 
-def _probe(trainer: SFTTrainer, rows: object, tokens_per_batch: int) -> tuple[int, float]:
+def _probe(trainer: SFTTrainer, rows: datasets.Dataset, tokens_per_batch: int) -> tuple[int, float]:
     """Tokens and seconds of forward and backward, after one micro-batch that is not timed."""
-    lengths = [len(ids) for ids in rows["input_ids"]]  # type: ignore[index]
+    lengths = [len(ids) for ids in rows["input_ids"]]
     batches = [batch for batch in batch_by_tokens(lengths, tokens_per_batch) if batch]
     if not batches:
         raise MeritError("none of the sampled examples has a loss token, so nothing can be timed.")
@@ -114,7 +115,7 @@ def _probe(trainer: SFTTrainer, rows: object, tokens_per_batch: int) -> tuple[in
         if number == 1:
             start = time.monotonic()
         batch = batches[number % len(batches)]
-        loss_sum(trainer, collate(trainer, rows, batch)).backward()  # type: ignore[arg-type]
+        loss_sum(trainer, collate(trainer, rows, batch)).backward()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         done += sum(lengths[index] for index in batch) if number else 0

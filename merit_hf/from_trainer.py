@@ -1,4 +1,4 @@
-"""A planner for an SFTTrainer that somebody has already: its base, template, settings, and data by name, as a CONFIG."""
+"""CONFIG of an SFTTrainer that somebody has already: its base, template and settings, and data by name."""
 
 from __future__ import annotations
 
@@ -56,6 +56,10 @@ def config_from_trainer(
         if unknown:
             raise ConfigError(f"from_trainer: {what} has `{unknown[0]}`, datasets have {', '.join(sorted(rows))}.")
     named = str(getattr(model.config, "_name_or_path", "") or "")
+    if not named:
+        raise ConfigError(
+            "from_trainer: the trainer's model was not loaded from a folder or the Hub, so it has no base."
+        )
     folder, repo_id, revision = resolve_model(
         named, getattr(model.config, "_commit_hash", None), Path(), "the trainer's model"
     )

@@ -124,7 +124,9 @@ def split_at_random(
     return groups
 
 
-def imbalance(groups: np.ndarray, sizes: Sequence[float], shares: Sequence[float] | None = None) -> np.ndarray:
+def imbalance(
+    groups: np.ndarray, sizes: Sequence[float] | np.ndarray, shares: Sequence[float] | None = None
+) -> np.ndarray:
     """Every group's size over its share of the whole, [K]; 1 is exactly its share.
 
     Args:
