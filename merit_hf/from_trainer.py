@@ -57,9 +57,7 @@ def config_from_trainer(
             raise ConfigError(f"from_trainer: {what} has `{unknown[0]}`, datasets have {', '.join(sorted(rows))}.")
     named = str(getattr(model.config, "_name_or_path", "") or "")
     if not named:
-        raise ConfigError(
-            "from_trainer: the trainer's model was not loaded from a folder or the Hub, so it has no base."
-        )
+        raise ConfigError("from_trainer: the trainer's model was loaded from no folder or Hub id, so it has no base.")
     folder, repo_id, revision = resolve_model(
         named, getattr(model.config, "_commit_hash", None), Path(), "the trainer's model"
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def principal_axes(matrix: np.ndarray, num_axes: int, center: str = "column") -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +125,7 @@ def split_at_random(
     return groups
 
 
-def imbalance(
-    groups: np.ndarray, sizes: Sequence[float] | np.ndarray, shares: Sequence[float] | None = None
-) -> np.ndarray:
+def imbalance(groups: np.ndarray, sizes: ArrayLike, shares: Sequence[float] | None = None) -> np.ndarray:
     """Every group's size over its share of the whole, [K]; 1 is exactly its share.
 
     Args:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from merit_hf.cli import app
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.data import hold_out, load_rows
+from merit_hf.estimate import estimate_plan
 from merit_hf.mixture import plan_specs
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
@@ -157,6 +158,7 @@ def test_max_imbalance_moves_datasets_or_names_the_one_at_fault(
     assert "plan.split_oversized=true" in said
 
 
+@pytest.mark.slow
 def test_an_oversized_dataset_is_cut_and_every_part_is_a_dataset(
     mixture: Path, planned: Callable[..., PartitionPlan], tmp_path: Path
 ) -> None:
@@ -234,7 +236,7 @@ def test_kmeans_on_texts_puts_what_reads_alike_together(tmp_path: Path, base_dir
 
 
 def test_an_affinity_file_takes_the_place_of_the_cosines(mixture: Path, tmp_path: Path) -> None:
-    names = sorted(TASKS)
+    names, found = sorted(TASKS), set()
     for first in ({"copy", "upper"}, {"count", "reverse"}):
         lines = ["dataset," + ",".join(names)]
         lines += [f"{a}," + ",".join("1" if (a in first) == (b in first) else "-1" for b in names) for a in names]
@@ -242,8 +244,12 @@ def test_an_affinity_file_takes_the_place_of_the_cosines(mixture: Path, tmp_path
         overrides = ["plan.split=affinity", "plan.affinity=affinity.csv", "plan.balance=datasets"]
         output = tmp_path / min(first)
         plan = MeritPlanner(MeritConfig.from_yaml(mixture, overrides), QUIET).plan(output)
-        assert {frozenset(group) for group in groups_of(plan)} == {frozenset(first), frozenset({*names} - first)}
+        # Of five datasets, three are on one side: the smaller one is of one kind.
+        smaller = set(min(groups_of(plan), key=len))
+        assert smaller <= first or smaller <= {*names} - first
+        found.add(frozenset(smaller))
         assert plan.config["plan"]["affinity"] == "file"
+    assert len(found) == 2, "another file, other groups"
     assert "holds the plan of other inputs" in refusal(
         lambda: MeritPlanner(MeritConfig.from_yaml(mixture, overrides), QUIET).plan(tmp_path / "copy")
     )
@@ -265,6 +271,7 @@ def test_adam_preconditioning_by_measured_moments(mixture: Path, planned: Callab
     assert np.nanmin(ratios) > 0
 
 
+@pytest.mark.slow
 def test_adam_preconditioning_by_the_moments_of_ones_own_training(mixture: Path, tmp_path: Path) -> None:
     config = MeritConfig.from_yaml(mixture)
     base = mixture.parent / "base"
@@ -302,6 +309,7 @@ def test_denominators_are_damped_roots() -> None:
     assert made["a"].tolist() == pytest.approx([(4 + 0.02) ** 0.5 + 0.5, 0.02**0.5 + 0.5])
 
 
+@pytest.mark.slow
 def test_a_trainer_gives_the_plan_of_its_config(mixture: Path, tmp_path: Path) -> None:
     path = edit(mixture, lambda c: [d.update(eval_path=None, eval_fraction=0.0) for d in c["datasets"]], "whole.yaml")
     config = MeritConfig.from_yaml(path)
@@ -336,8 +344,6 @@ def test_a_trainer_gives_the_plan_of_its_config(mixture: Path, tmp_path: Path) -
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     mixture: Path, planned: Callable[..., PartitionPlan]
 ) -> None:
-    from merit_hf.estimate import estimate_plan
-
     before = sorted(mixture.parent.rglob("*"))
     done = CliRunner().invoke(app, ["plan", str(mixture), "--dry-run", "--teraflops", "0.001"])
     assert done.exit_code == 0, done.output
