@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _SPLITS = {
     "merit": "so that those whose gradients conflict are kept apart",
     "kmeans": "by k-means on their gradients, as a baseline",
+    "kmeans_text": "by k-means on embeddings of their texts, as a baseline",
+    "affinity": "so that those are kept together that are akin by a matrix given from a file",
     "random": "at random, as a baseline",
     "by_tag": "by their tags, as a baseline",
     "joint": "all in one group, as a baseline",

@@ -36,14 +36,39 @@ app = typer.Typer(
 
 
 @app.command()
-def plan(config: ConfigArgument, output: Output, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Gradients → conflict matrix → groups. Writes a plan that can be trained here or anywhere."""
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="The folder to make. Running again goes on.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what time, memory, disk and GPU-hours it would take.")
+    ] = False,
+    teraflops: Annotated[
+        float, typer.Option(min=0.001, help="For --dry-run: 10¹² operations a second that one GPU trains at.")
+    ] = 400.0,
+    debug: Debug = False,
+) -> None:
+    """Gradients → conflict matrix → groups. Writes a plan that can be trained here or anywhere.
+
+    --dry-run reads the data, times a few batches of the model, prints an estimate and makes no plan. 400 TFLOP/s are
+    an H100 at 40 % of its peak in bfloat16.
+    """
     with exit_on_error(debug):
         quiet()
         from merit_hf.config import MeritConfig
 
+        if output is None and not dry_run:
+            raise ConfigError("--output is missing: the folder to make. Or ask for --dry-run, which makes none.")
         # Before the libraries load: a mistake is told at once.
         checked = MeritConfig.from_yaml(config, overrides or [])
+        if output is None or dry_run:
+            from merit_hf.estimate import estimate_lines, estimate_plan
+
+            say(*estimate_lines(estimate_plan(checked), teraflops))
+            say(f"Nothing was written. Next: merit plan {config} --output DIR")
+            return
         from merit_hf.planner import MeritPlanner
         from merit_hf.summary import plan_summary
 

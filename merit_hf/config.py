@@ -13,19 +13,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from merit_hf.choices import check_choices, check_part
+from merit_hf.errors import ConfigError as ConfigError
+from merit_hf.errors import MeritError as MeritError
 from merit_hf.fields import check_fields, nearest
-
-
-class MeritError(Exception):
-    """A failure told in one line: what, where, found, expected, cure."""
-
-
-class ConfigError(MeritError):
-    """A mistake in a call or in a CONFIG file."""
-
+from merit_hf.overrides import apply_override, read_mapping
+from merit_hf.overrides import parse_value as parse_value
 
 # Scores of an answer against its reference; beside them, every task of reasoning-gym has a scorer of its own.
 METRICS = ("exact_match", "chrf", "rouge1", "rouge2", "rougeL", "none")
@@ -61,6 +56,8 @@ class DatasetSection(_Section):
         tag (`str`, *optional*): a label; `plan.split: by_tag` groups by it.
         eval_path, eval_split (`str`, *optional*): held-out rows, same columns. Otherwise `eval_fraction` of the rows.
         eval_fraction (`float`, *optional*, defaults to `0.05`): share of the rows that is held out of training.
+        part (`str`, *optional*): `2/3` is the second of three equal parts of the rows, drawn by the dataset's name;
+            the entry is then called `NAME#2`. `plan.split_oversized` makes such entries.
         metric (`str`, *optional*): what `merit evaluate` scores answers by: one of [`METRICS`], or
             `reasoning_gym.TASK`. Default: by the length of the references.
     """
@@ -79,6 +76,7 @@ class DatasetSection(_Section):
     eval_path: str | None = None
     eval_split: str | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    part: str | None = None
     metric: str | None = None
 
 
@@ -86,9 +84,23 @@ class PlanSection(_Section):
     """How the mixture is split.
 
     Args:
-        split: `merit` (conflict-aware), or a baseline: `random`, `joint` (one group), `by_tag`, `kmeans`.
+        split: `merit` (conflict-aware), `affinity` (the same cuts on a matrix of your own), or a baseline: `random`,
+            `joint` (one group), `by_tag`, `kmeans` (on the gradients), `kmeans_text` (on text embeddings).
         num_groups (`int`, *optional*): K. Default 4, or the number of datasets where that is smaller; `joint` has one
-            group and `by_tag` one a tag.
+            group, `by_tag` one a tag and `group_shares` one a share.
+        group_shares (`list`, *optional*): what each group is to hold, in any unit, such as `[4, 2, 1, 1]` for GPUs.
+        max_imbalance (`float`, *optional*): a group holds at most this many times its share; datasets move to keep it.
+        split_oversized (`bool`, *optional*, defaults to `False`): a dataset larger than the largest group's share is
+            cut into parts `NAME#1`, `NAME#2`, …, which are datasets of their own.
+        affinity (`str`, *optional*): file of the symmetric matrix for `split: affinity`; .csv, .parquet, .npz or .npy.
+        embedding_model (`str`, *optional*): Hub id or folder of a text encoder for `split: kmeans_text`, whose last
+            hidden states are averaged. Default: TF-IDF and an SVD.
+        precondition: `adam` divides every entry of a gradient by √v̂ + ε, Adam's second moment; default `none`.
+        optimizer_state (`str`, *optional*): optimizer.pt, or the Trainer checkpoint with it, to take v̂ from. Default:
+            measured at the base, on `precondition_batches` training batches of the mixture.
+        precondition_batches (`int`, *optional*, defaults to `32`): how many.
+        split_seed (`int`, *optional*): of `random` and k-means, which leaves samples and sketch as they are. Default:
+            `seed`.
         num_samples (`int` or `"auto"`, *optional*, defaults to `200`): examples a dataset gradient is the mean of.
             `auto` adds examples until the two halves of the sample agree.
         min_reliability (`float`, *optional*, defaults to `0.8`): where `auto` stops: the share of a gradient's squared
@@ -113,8 +125,17 @@ class PlanSection(_Section):
         seed (`int`, *optional*, defaults to `0`): of samples, sketch and random splits.
     """
 
-    split: Literal["merit", "random", "joint", "by_tag", "kmeans"] = "merit"
+    split: Literal["merit", "random", "joint", "by_tag", "kmeans", "kmeans_text", "affinity"] = "merit"
     num_groups: int | None = Field(default=None, ge=1)
+    group_shares: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(default=None, min_length=1)
+    max_imbalance: float | None = Field(default=None, ge=1)
+    split_oversized: bool = False
+    affinity: str | None = None
+    embedding_model: str | None = None
+    precondition: Literal["none", "adam"] = "none"
+    optimizer_state: str | None = None
+    precondition_batches: int = Field(default=32, ge=1)
+    split_seed: int | None = Field(default=None, ge=0)
     num_samples: Annotated[int, Field(ge=1)] | Literal["auto"] = 200
     min_reliability: float = Field(default=0.8, gt=0, lt=1)
     max_num_samples: int = Field(default=400, ge=2)
@@ -198,7 +219,7 @@ class MeritConfig(_Section):
         path = Path(path)
         content = read_mapping(path)
         for override in overrides:
-            _apply_override(content, override)
+            apply_override(content, override)
         config = cls.from_dict(content, source=str(path), root=path.resolve().parent)
         check_sft(config.sft, str(path))
         check_peft(config.peft, str(path))
@@ -223,6 +244,8 @@ class MeritConfig(_Section):
             return 1
         if self.plan.split == "by_tag":
             return len({dataset.tag for dataset in self.datasets})
+        if self.plan.group_shares is not None:
+            return len(self.plan.group_shares)
         return self.plan.num_groups or min(4, len(self.datasets))
 
     def _check_across(self, source: str) -> None:
@@ -249,6 +272,10 @@ class MeritConfig(_Section):
                 f"{source}: plan.sketch_by_layer is for plan.sketch=count_sketch, which is {self.plan.sketch} here. "
                 "Leave one of them out."
             )
+        check_choices(self.plan, len(names), source)
+        for dataset in self.datasets:
+            if dataset.part is not None:
+                check_part(dataset.name, dataset.part, source)
         check_merge_method(self.merge.engine, self.merge.method, self.merge.parameters, source)
         for dataset in self.datasets:
             if dataset.metric is not None:
@@ -285,67 +312,6 @@ def check_metric(name: str, where: str) -> None:
     if name not in METRICS and not re.fullmatch(re.escape(REASONING_GYM) + r"\w+", name):
         choices = [*METRICS, f"{REASONING_GYM}TASK"]
         raise ConfigError(f"{where}={name!r} is not one of {', '.join(choices)}. {nearest(name, choices)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-5` as a string, for want of a point; here it is the number that people mean."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_value(text: str) -> Any:
-    """The value of a `key=value` override, read as YAML."""
-    return yaml.load(text, _Loader) if text else None
-
-
-def read_mapping(path: Path, needs: str = "It needs at least `base:` and `datasets:`.") -> dict[str, Any]:
-    """The YAML mapping in a file. Raises ConfigError where it is none; `needs` says what an empty one lacks."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Give the path of a CONFIG yaml.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path}: not valid YAML{line}: {getattr(error, 'problem', error)}.") from None
-    if content is None:
-        raise ConfigError(f"{path}: the file is empty. {needs}")
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: expected a mapping with `base:` and `datasets:`, found a {type(content).__name__}."
-        )
-    return content
-
-
-def _apply_override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override `{override}`: expected key=value, such as plan.num_groups=2.")
-    parts = key.split(".")
-    node: Any = content
-    for depth, part in enumerate(parts[:-1]):
-        if isinstance(node, list):
-            named = {item.get("name"): item for item in node if isinstance(item, dict)}
-            if part not in named:
-                raise ConfigError(f"override `{override}`: no dataset is named `{part}`. {nearest(part, named)}")
-            node = named[part]
-            continue
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"override `{override}`: `{'.'.join(parts[: depth + 1])}` holds a value, not keys.")
-    if isinstance(node, list):
-        raise ConfigError(f"override `{override}`: name a dataset and its key: datasets.NAME.KEY=VALUE.")
-    try:
-        node[parts[-1]] = parse_value(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override `{override}`: the value is not valid YAML.") from None
 
 
 def _keys(model: Any) -> list[str]:

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from merit_hf.choices import part_of, whole_name
 from merit_hf.config import REASONING_GYM, ConfigError, DatasetSection
 from merit_hf.hub import HTTPError, HubUnavailableError, arrived_whole, is_unavailable, pin_revision
 
@@ -73,7 +74,10 @@ def load_rows(spec: DatasetSection, root: Path, text_field: str = "text") -> Loa
     elif spec.eval_split is not None:
         held_out = _columns(_read(spec, spec.path, spec.eval_split, root, revision), spec, text_field)
     else:
-        train, held_out = hold_out(train, spec.eval_fraction, spec.name)
+        train, held_out = hold_out(train, spec.eval_fraction, whole_name(spec.name, spec.part))
+    if spec.part is not None:
+        train = take_part(train, spec.part, spec.name)
+        held_out = None if held_out is None else take_part(held_out, spec.part, spec.name)
     if METADATA in train.column_names:
         train = train.remove_columns(METADATA)
     if held_out is not None and len(held_out) == 0:
@@ -96,6 +100,13 @@ def hold_out(rows: datasets.Dataset, fraction: float, name: str) -> tuple[datase
         return rows, None
     order = np.random.default_rng(seed_of("hold-out", name)).permutation(len(rows))
     return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+
+
+def take_part(rows: datasets.Dataset, part: str, name: str) -> datasets.Dataset:
+    """Part k/n of the rows, in their order. The n parts hold each row once, and are equally many rows within one."""
+    number, count = part_of(part)
+    order = np.random.default_rng(seed_of("part", whole_name(name, part))).permutation(len(rows))
+    return rows.select(np.sort(order[number - 1 :: count]))
 
 
 def seed_of(*parts: object) -> int:

@@ -78,12 +78,26 @@ def extend_plan(
     check_base(plan, folder, "the plan's base")
     if mode == "refit":
         return _refit(plan, entries, output, progress)
-    if plan.config["plan"]["split"] not in GRADIENT_SPLITS:
-        raise ConfigError(
-            f"plan.split={plan.config['plan']['split']} stores no gradients to project on. Use --mode refit, which "
-            "plans all datasets again."
-        )
+    _check_projectable(plan.config["plan"])
     return _Projection(plan, config, folder, branches, progress).make(output)
+
+
+def _check_projectable(section: dict[str, Any]) -> None:
+    """Raises ConfigError where new gradients cannot be set beside the stored ones as they are."""
+    if section["split"] not in GRADIENT_SPLITS:
+        raise ConfigError(
+            f"plan.split={section['split']} stores no gradients to project on. Use --mode refit, which plans all "
+            "datasets again."
+        )
+    if section.get("debias", "none") != "none":
+        raise ConfigError(
+            f"plan.debias={section['debias']} corrects the cosines of all datasets together. Use --mode refit."
+        )
+    if section.get("precondition", "none") != "none" and section.get("optimizer_state") is None:
+        raise ConfigError(
+            "plan.precondition=adam without plan.optimizer_state measures its second moments on the whole mixture, "
+            "which new datasets change. Use --mode refit, which measures all gradients again."
+        )
 
 
 def changes(parent: PartitionPlan, extended: PartitionPlan) -> dict[str, Any]:
@@ -182,7 +196,18 @@ class _Projection:
             "num_batches": sum(readout.num_batches for readout in readouts),
             "world_size": 1,
         }
-        return save_plan(extended, sketches, part, output, pairs)
+        return save_plan(extended, sketches, part, output, pairs, self._first_halves(extended, readouts, prepared))
+
+    def _first_halves(
+        self, extended: PartitionPlan, readouts: Sequence[GradientReadout], prepared: Sequence[PreparedDataset]
+    ) -> list[np.ndarray]:
+        """Those of all datasets, in the order of the extended plan; none where one of them has none."""
+        stored = self.plan.load_first_halves()
+        if stored is None or any(readout.first_half is None for readout in readouts):
+            return []
+        halves = dict(zip(self.plan.names, stored, strict=True))
+        new = {dataset.name: readout.first_half for dataset, readout in zip(prepared, readouts, strict=True)}
+        return [np.asarray(halves[name] if name in halves else new[name]) for name in extended.names]
 
     def _extended(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -82,12 +82,15 @@ def dataset_gradient(
     reduction: str = "token_mean",
     settings: GradientSettings = GradientSettings(),
     on_batch: Callable[[int], None] = lambda tokens: None,
+    precondition: Mapping[str, torch.Tensor] | None = None,
 ) -> GradientReadout:
     """The read-out of the mean gradient over tokenised `rows`; independent of batching and padding.
 
     `token_mean`: Σ loss over all rows ÷ number of loss tokens. `example_mean`: mean over rows of a row's own token
     mean, for which every row is a batch. `on_batch` is told the tokens of each finished batch. Where the model is
-    sharded over processes, each runs its part of the batches, and all return the same.
+    sharded over processes, each runs its part of the batches, and all return the same. With `precondition`, entries
+    are divided by those of the same name before they are sketched, and parameters that are not in it are left out; the
+    norm stays the gradient's own.
 
     Raises:
         MeritError: no row has a loss token, or the gradient is not finite.
@@ -97,7 +100,7 @@ def dataset_gradient(
     batches = batches_of(lengths, reduction, settings.tokens_per_batch)
     model = trained_model(trainer)
     total_loss, num_loss_tokens, num_terms = 0.0, 0.0, 0.0
-    with _reading(model, sketch, settings) as reader:
+    with _reading(model, sketch, settings, precondition) as reader:
         for indices, is_mine in sharded.share_of(model, batches):
             batch = collate(trainer, rows, indices)
             if not is_mine:
@@ -132,8 +135,10 @@ def dataset_gradient(
 class _Reader:
     """Reads the gradients of a model out: at the end, or each as it comes."""
 
-    def __init__(self, model: torch.nn.Module, sketch: Sketch) -> None:
-        self._sketch, self._parameters = sketch, trained_parameters(model)
+    def __init__(
+        self, model: torch.nn.Module, sketch: Sketch, precondition: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        self._sketch, self._precondition, self._parameters = sketch, precondition, trained_parameters(model)
         self._vector = torch.zeros(sketch.dim, dtype=torch.float32, device=self._parameters[0][1].device)
         self._square = 0.0
 
@@ -142,7 +147,11 @@ class _Reader:
         if parameter.grad is None:
             return
         gradient, offset = sharded.local_part(parameter.grad)
-        self._sketch.add(self._vector, name, gradient, offset)
+        if self._precondition is None:
+            self._sketch.add(self._vector, name, gradient, offset)
+        elif name in self._precondition:
+            entries = self._precondition[name].reshape(-1)[offset : offset + gradient.numel()]
+            self._sketch.add(self._vector, name, gradient.reshape(-1) / entries, offset)
         self._square += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
         parameter.grad = None
 
@@ -158,9 +167,14 @@ class _Reader:
 
 
 @contextlib.contextmanager
-def _reading(model: PreTrainedModel, sketch: Sketch, settings: GradientSettings) -> Iterator[_Reader]:
+def _reading(
+    model: PreTrainedModel,
+    sketch: Sketch,
+    settings: GradientSettings,
+    precondition: Mapping[str, torch.Tensor] | None = None,
+) -> Iterator[_Reader]:
     model.zero_grad(set_to_none=True)
-    reader = _Reader(model, sketch)
+    reader = _Reader(model, sketch, precondition)
     handles = list(reader.take_each()) if settings.low_memory else []
     try:
         with recomputing(model) if settings.gradient_checkpointing else contextlib.nullcontext():

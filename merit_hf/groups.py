@@ -28,32 +28,66 @@ def split_datasets(
     section: PlanSection,
     num_groups: int,
     coordinates: np.ndarray | None = None,
+    points: np.ndarray | None = None,
 ) -> np.ndarray:
     """The group of every dataset by `plan.split`, int [T].
 
     Args:
-        matrix: C, for the splits that look at gradients; None for the others.
+        matrix: C or the affinity given in its place, for the splits that look at one; None for the others.
         coordinates: of C's principal axes, where they are known already.
+        points: float [T, dim], embeddings of the texts; for `kmeans_text` alone.
 
     Raises:
-        MeritError: k-means finds fewer distinct gradients than groups.
+        MeritError: k-means finds fewer distinct points than groups, or `plan.max_imbalance` cannot be kept.
     """
-    sizes = [_size(dataset, section.balance) for dataset in prepared]
+    sizes = [dataset_size(dataset, section.balance) for dataset in prepared]
+    groups = _split(prepared, tags, matrix, section, num_groups, sizes, coordinates, points)
+    if section.max_imbalance is None:
+        return groups
+    try:
+        return partition.rebalance(groups, sizes, section.max_imbalance, section.group_shares, matrix)
+    except OverflowError as error:
+        load, group, heaviest = error.args
+        raise MeritError(
+            f"plan.max_imbalance={section.max_imbalance:g} cannot be kept: group {group} would still hold {load:.2f} "
+            f"times its share, with `{prepared[heaviest].name}` as its largest dataset. Raise it, set "
+            "plan.split_oversized=true, or make fewer groups."
+        ) from error
+
+
+def _split(
+    prepared: Sequence[PreparedDataset],
+    tags: Mapping[str, str | None],
+    matrix: np.ndarray | None,
+    section: PlanSection,
+    num_groups: int,
+    sizes: Sequence[int],
+    coordinates: np.ndarray | None,
+    points: np.ndarray | None,
+) -> np.ndarray:
+    seed = section.seed if section.split_seed is None else section.split_seed
     if section.split == "random":
-        return partition.split_at_random(sizes, num_groups, section.seed)
+        return partition.split_at_random(sizes, num_groups, seed, section.group_shares)
     if section.split == "by_tag":
         return partition.split_by_tag([tags[dataset.name] or "" for dataset in prepared])
-    if matrix is None:
+    if section.split == "joint":
         return np.zeros(len(prepared), dtype=np.int64)
-    if section.split == "merit":
-        return partition.split_by_conflict(matrix, sizes, num_groups, section.center, section.axes, coordinates)
+    if section.split in ("merit", "affinity"):
+        assert matrix is not None
+        return partition.split_by_conflict(
+            matrix, sizes, num_groups, section.center, section.axes, section.group_shares, coordinates
+        )
+    if points is None:
+        assert matrix is not None
+        points = partition.gram_points(matrix)
     try:
-        return partition.split_by_kmeans(matrix, num_groups, section.seed)
+        return partition.split_by_kmeans(points, num_groups, seed)
     except ValueError as error:
-        raise MeritError(f"plan.split=kmeans: {error}. Lower plan.num_groups.") from error
+        raise MeritError(f"plan.split={section.split}: {error}. Lower plan.num_groups.") from error
 
 
-def _size(dataset: PreparedDataset, balance: str) -> int:
+def dataset_size(dataset: PreparedDataset, balance: str) -> int:
+    """What of a dataset is balanced: its tokens, its examples, or itself."""
     if balance == "datasets":
         return 1
     return dataset.counts.num_input_tokens if balance == "tokens" else dataset.counts.num_examples

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -20,10 +21,11 @@ from merit_hf.gradients import GradientSettings, batches_of, dataset_gradient, t
 from merit_hf.memory import fitting_settings
 from merit_hf.mixture import PreparedDataset, check_against_plan
 from merit_hf.plan import PartitionPlan, canonical_sha256
+from merit_hf.precondition import adam_denominators, state_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import GradientReadout, load_readout, readout_path, save_readout
 from merit_hf.reliability import next_sample_size, split_half
-from merit_hf.sft import open_loss
+from merit_hf.sft import identity_fields, open_loss
 from merit_hf.sketch import Sketch, make_sketch
 from merit_hf.workers import Worker
 
@@ -70,6 +72,7 @@ def measure_gradients(
     worker: Worker,
     progress: Progress,
     peft: dict[str, Any] | None = None,
+    root: Path = Path(),
 ) -> tuple[list[GradientReadout], float]:
     """The read-out of every dataset, in order, and the seconds this call took.
 
@@ -90,14 +93,18 @@ def measure_gradients(
     parameters = [(name, parameter.numel()) for name, parameter in trained_parameters(model)]
     sketch = plan_sketch(section, parameters)
     _check_disk(len(prepared), sketch.dim, folder)
+    moments = _moments_key(prepared, args, section, root)
     jobs = [
         _Job(d.name, d.counts.num_input_tokens, _sample(d, section), readout_path(folder, d.name), key)
         for d in prepared
-        for key in [_key(d, args, section, weights_sha256, peft)]
+        for key in [_key(d, args, section, weights_sha256, peft, moments)]
     ]
     missing = [job for job in jobs if job.load() is None]
     if len(missing) < len(jobs):
         progress.note(f"going on: {len(jobs) - len(missing)} of {len(jobs)} gradients are there already")
+    precondition = None
+    if missing and section.precondition == "adam":
+        precondition = adam_denominators(prepared, model, tokenizer, args, section, root, progress)
     tokens = sum(job.num_tokens() for job in missing)
     settings = _settings(model, missing, section, worker)
     if settings.low_memory and section.low_memory is None:
@@ -110,7 +117,9 @@ def measure_gradients(
             stage.item(f"{job.name} ({done + 1} of {len(jobs)})")
             try:
                 with open_loss(model, tokenizer, args, job.rows) as trainer:
-                    readout = _read_in_halves(trainer, job.rows, sketch, section, settings, stage.advance)
+                    readout = _read_in_halves(
+                        trainer, job.rows, sketch, section, settings, stage.advance, precondition
+                    )
             except MeritError as error:
                 raise MeritError(f"dataset `{job.name}`: {error}") from error
             # Examples that `auto` needed not are done, as far as the bar is concerned.
@@ -156,20 +165,22 @@ def keep_readouts(
     section: PlanSection,
     folder: Path,
     peft: dict[str, Any] | None = None,
+    root: Path = Path(),
 ) -> None:
     """Put a plan's stored gradients into `folder`, where [`measure_gradients`] finds them done.
 
     Raises:
         MeritError: a dataset of the plan is not what was planned.
     """
-    sketches = parent.load_sketches()
+    sketches, firsts = parent.load_sketches(), parent.load_first_halves()
     rows = {dataset.name: (index, dataset) for index, dataset in enumerate(parent.datasets)}
+    moments = _moments_key(prepared, args, section, root)
     for dataset in prepared:
         if sketches is None or dataset.name not in rows:
             continue
         index, planned = rows[dataset.name]
         check_against_plan(dataset, planned)
-        key = _key(dataset, args, section, parent.base["weights_sha256"], peft)
+        key = _key(dataset, args, section, parent.base["weights_sha256"], peft, moments)
         path = readout_path(folder, dataset.name)
         if load_readout(path, key) is None:
             assert planned.gradient_norm is not None
@@ -179,6 +190,11 @@ def keep_readouts(
                 sketches[index], planned.gradient_norm, planned.base_loss, planned.num_sampled,
                 num_input_tokens=0, num_loss_tokens=0, num_batches=0,
             )  # fmt: skip
+            if firsts is not None and planned.first_half_share is not None:
+                readout = replace(
+                    readout, first_half=firsts[index], first_share=planned.first_half_share,
+                    split_half_cosine=planned.split_half_cosine, reliability=planned.reliability,
+                )  # fmt: skip
             save_readout(path, key, readout)
 
 
@@ -189,6 +205,7 @@ def _read_in_halves(
     section: PlanSection,
     settings: GradientSettings,
     on_batch: Callable[[int], None],
+    precondition: Mapping[str, torch.Tensor] | None = None,
 ) -> GradientReadout:
     """The gradient over `rows`, or over the prefix that `num_samples: auto` settles on, measured half by half."""
     adaptive = section.num_samples == "auto"
@@ -200,7 +217,7 @@ def _read_in_halves(
             positions = [position for position in range(done, size) if position % 2 == parity]
             if positions:
                 chunk = dataset_gradient(
-                    trainer, rows.select(positions), sketch, section.reduction, settings, on_batch
+                    trainer, rows.select(positions), sketch, section.reduction, settings, on_batch, precondition
                 )
                 half = halves[parity]
                 halves[parity] = chunk if half is None else combine(half, chunk, section.reduction)
@@ -267,7 +284,12 @@ def _sample(dataset: PreparedDataset, section: PlanSection) -> datasets.Dataset:
 
 
 def _key(
-    dataset: PreparedDataset, args: SFTConfig, section: PlanSection, weights_sha256: str, peft: dict[str, Any] | None
+    dataset: PreparedDataset,
+    args: SFTConfig,
+    section: PlanSection,
+    weights_sha256: str,
+    peft: dict[str, Any] | None,
+    moments: dict[str, Any],
 ) -> str:
     return canonical_sha256(
         {
@@ -279,8 +301,26 @@ def _key(
                 include=_READOUT_FIELDS | (_AUTO_FIELDS if section.num_samples == "auto" else set())
             ),
             **({"peft": peft, "seed": args.seed} if peft else {}),
+            **moments,
         }
     )
+
+
+def _moments_key(
+    prepared: Sequence[PreparedDataset], args: SFTConfig, section: PlanSection, root: Path
+) -> dict[str, Any]:
+    """What second moments follow from, for the key of a read-out: the optimizer's file, or the whole mixture."""
+    if section.precondition == "none":
+        return {}
+    if section.optimizer_state is not None:
+        source: Any = state_sha256(root / section.optimizer_state)
+    else:
+        source = {
+            "tokens": {dataset.name: format_digest(dataset.counts.digest) for dataset in prepared},
+            "num_batches": section.precondition_batches,
+            "batch_size": identity_fields(args)["effective_batch_size"],
+        }
+    return {"precondition": section.precondition, "moments": source, "epsilon": args.adam_epsilon}
 
 
 def _check_disk(num_datasets: int, dim: int, folder: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from merit_hf.conflict import MANY_DATASETS, row_blocks
 
@@ -123,17 +124,19 @@ def split_by_conflict(
     num_groups: int,
     center: str = "column",
     axes: str = "global",
+    shares: Sequence[float] | None = None,
     coordinates: np.ndarray | None = None,
 ) -> np.ndarray:
     """Balanced conflict-aware partition: level ℓ cuts every group in two along axis ℓ.
 
     A group that is to become k groups is sorted by its coordinate (ties by position, so by name) and cut in ⌈k/2⌉ and
     ⌊k/2⌋ parts at the prefix whose size is closest to its share; each side keeps at least one dataset a group. The cut
-    is therefore within half of the heaviest dataset at the boundary of an even one, wherever that leaves room.
+    is therefore within half of the heaviest dataset at the boundary of the wanted one, wherever that leaves room.
 
     Args:
         matrix: C, [T, T]; sizes: what is balanced, [T]; num_groups: K ≤ T; axes: `global`, or `local` to take the
             first axis of each part's own submatrix.
+        shares: what each group is to hold, in the order of the groups, in any unit; None for equal shares.
         coordinates: of [`principal_axes`], [T, ≥ r], where they are known already.
 
     Returns:
@@ -142,6 +145,7 @@ def split_by_conflict(
     if coordinates is None:
         coordinates, _ = principal_axes(matrix, num_axes_for(num_groups), center)
     weights = np.asarray(sizes, dtype=np.float64)
+    wanted = np.ones(num_groups) if shares is None else np.asarray(shares, dtype=np.float64)
     groups = np.zeros(len(matrix), dtype=np.int64)
 
     def cut(members: np.ndarray, count: int, first: int, level: int) -> None:
@@ -155,7 +159,7 @@ def split_by_conflict(
         ordered = members[np.argsort(values, kind="stable")]
         upper = count // 2
         lower = count - upper
-        at = cut_position(weights[ordered], lower, upper)
+        at = cut_position(weights[ordered], wanted[first : first + lower], wanted[first + lower : first + count])
         cut(np.sort(ordered[:at]), lower, first, level + 1)
         cut(np.sort(ordered[at:]), upper, first + lower, level + 1)
 
@@ -163,18 +167,26 @@ def split_by_conflict(
     return groups
 
 
-def cut_position(weights: np.ndarray, lower: int, upper: int) -> int:
-    """Length of the prefix whose share of the weight is closest to lower/(lower+upper), with room for every group."""
+def cut_position(weights: np.ndarray, lower: Sequence[float] | np.ndarray, upper: Sequence[float] | np.ndarray) -> int:
+    """Length of the prefix whose weight is closest to its groups' share of all, with room for every group.
+
+    Args:
+        weights: of the ordered datasets.
+        lower, upper: shares of the groups that the prefix, and the rest, will become.
+    """
     prefix = np.concatenate([[0.0], np.cumsum(weights)])
-    target = prefix[-1] * lower / (lower + upper)
-    positions = np.arange(lower, len(weights) - upper + 1)
+    target = prefix[-1] * np.sum(lower) / (np.sum(lower) + np.sum(upper))
+    positions = np.arange(len(lower), len(weights) - len(upper) + 1)
     return int(positions[np.argmin(np.abs(prefix[positions] - target))])
 
 
-def split_at_random(sizes: Sequence[float], num_groups: int, seed: int) -> np.ndarray:
-    """Datasets in random order, cut as evenly as `split_by_conflict` cuts along an axis."""
+def split_at_random(
+    sizes: Sequence[float], num_groups: int, seed: int, shares: Sequence[float] | None = None
+) -> np.ndarray:
+    """Datasets in random order, cut into `shares` as `split_by_conflict` cuts along an axis."""
     order = np.random.default_rng(seed).permutation(len(sizes))
     weights = np.asarray(sizes, dtype=np.float64)
+    wanted = np.ones(num_groups) if shares is None else np.asarray(shares, dtype=np.float64)
     groups = np.zeros(len(sizes), dtype=np.int64)
 
     def cut(ordered: np.ndarray, count: int, first: int) -> None:
@@ -182,12 +194,109 @@ def split_at_random(sizes: Sequence[float], num_groups: int, seed: int) -> np.nd
             groups[ordered] = first
             return
         upper = count // 2
-        at = cut_position(weights[ordered], count - upper, upper)
-        cut(ordered[:at], count - upper, first)
-        cut(ordered[at:], upper, first + count - upper)
+        lower = count - upper
+        at = cut_position(weights[ordered], wanted[first : first + lower], wanted[first + lower : first + count])
+        cut(ordered[:at], lower, first)
+        cut(ordered[at:], upper, first + lower)
 
     cut(order, num_groups, 0)
     return groups
+
+
+def imbalance(groups: np.ndarray, sizes: ArrayLike, shares: Sequence[float] | None = None) -> np.ndarray:
+    """Every group's size over its share of the whole, [K]; 1 is exactly its share.
+
+    Args:
+        groups: int [T], every group in 0 … K−1 occurs; sizes: [T]; shares: [K] in any unit; None for equal ones.
+    """
+    held = np.bincount(groups, weights=np.asarray(sizes, dtype=np.float64))
+    wanted = np.ones(len(held)) if shares is None else np.asarray(shares, dtype=np.float64)
+    return held / held.sum() / (wanted / wanted.sum())
+
+
+def rebalance(
+    groups: np.ndarray,
+    sizes: Sequence[float],
+    limit: float,
+    shares: Sequence[float] | None = None,
+    matrix: np.ndarray | None = None,
+) -> np.ndarray:
+    """Move datasets out of groups that hold more than `limit` × their share, one at a time, until none does.
+
+    A dataset of the fullest group moves to another one, or where no such move helps, changes places with a lighter
+    one. A move helps that leaves both groups less full than the fullest was. Of those, the one is made whose datasets
+    gain most in mean cosine with their company; without a matrix, the one after which the fuller of the two is least
+    full. No move makes a group as full as the one it relieves, so it ends.
+
+    Args:
+        groups: int [T], all of 0 … K−1 occur; sizes: [T]; limit: ≥ 1; shares: [K]; matrix: C or an affinity, [T, T].
+
+    Returns:
+        The groups, int [T]; those that were given where none is over the limit.
+
+    Raises:
+        OverflowError: no move helps. Its arguments: how full the fullest group is, its number, its heaviest dataset.
+    """
+    groups, weights = groups.copy(), np.asarray(sizes, dtype=np.float64)
+    while True:
+        loads = imbalance(groups, weights, shares)
+        source = int(np.argmax(loads))
+        if loads[source] <= limit + 1e-9:
+            return groups
+        capacity = np.bincount(groups, weights=weights) / loads
+        move = _best_move(groups, weights, capacity, source, matrix)
+        if move is None:
+            members = np.flatnonzero(groups == source)
+            raise OverflowError(float(loads[source]), source, int(members[np.argmax(weights[members])]))
+        for dataset, target in move:
+            groups[dataset] = target
+
+
+def _best_move(
+    groups: np.ndarray, weights: np.ndarray, capacity: np.ndarray, source: int, matrix: np.ndarray | None
+) -> list[tuple[int, int]] | None:
+    """[(dataset, its new group), …] that relieves `source` best; None where nothing does."""
+    held = np.bincount(groups, weights=weights)
+    worst = held[source] / capacity[source]
+    counts = np.bincount(groups)
+    members, others = np.flatnonzero(groups == source), np.flatnonzero(groups != source)
+    targets = np.flatnonzero(np.arange(len(held)) != source)
+    # Sums of the cosines of every dataset with those of every group.
+    sums = None if matrix is None else matrix @ np.eye(len(held))[groups]
+
+    def best(delta: np.ndarray, to: np.ndarray, gain: np.ndarray | None) -> tuple[int, int] | None:
+        """Row and column of the best move of `delta` [members, columns] weight into the groups `to`."""
+        fuller = np.maximum((held[source] - delta) / capacity[source], (held[to] + delta) / capacity[to])
+        # Rounding noise must not choose between moves that are equally good.
+        score = np.round(-fuller if gain is None else gain, 10)
+        score[fuller >= worst - 1e-12] = -np.inf
+        row, column = np.unravel_index(np.argmax(score), score.shape)
+        return None if np.isneginf(score[row, column]) else (int(row), int(column))
+
+    def mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+        return np.where(count > 0, total / np.maximum(count, 1), 0.0)
+
+    left = None
+    if matrix is not None and sums is not None:
+        left = mean(sums[members, source] - matrix[members, members], counts[source] - 1)[:, None]
+    if len(members) > 1 and len(targets):
+        gain = None if sums is None else mean(sums[np.ix_(members, targets)], counts[targets]) - left
+        found = best(np.repeat(weights[members][:, None], len(targets), axis=1), targets, gain)
+        if found:
+            return [(int(members[found[0]]), int(targets[found[1]]))]
+    if not len(others):
+        return None
+    gain, homes = None, groups[others]
+    if matrix is not None and sums is not None:
+        between = matrix[np.ix_(members, others)]
+        arrives = mean(sums[members][:, homes] - between, counts[homes] - 1)
+        comes = mean(sums[others, source] - between, counts[source] - 1)
+        gain = arrives - left + comes - mean(sums[others, homes] - matrix[others, others], counts[homes] - 1)
+    found = best(weights[members][:, None] - weights[others], homes, gain)
+    if not found:
+        return None
+    dataset, other = int(members[found[0]]), int(others[found[1]])
+    return [(dataset, int(groups[other])), (other, source)]
 
 
 def split_by_tag(tags: Sequence[str]) -> np.ndarray:
@@ -196,19 +305,26 @@ def split_by_tag(tags: Sequence[str]) -> np.ndarray:
     return np.array([names.index(tag) for tag in tags], dtype=np.int64)
 
 
-def split_by_kmeans(matrix: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
-    """k-means on the unit-normalised gradients (scikit-learn), as c-BTM does on embeddings; not balanced.
+def gram_points(matrix: np.ndarray) -> np.ndarray:
+    """Points [T, T] whose inner products are `matrix`: all that k-means sees of unit gradients with these cosines."""
+    values, vectors = np.linalg.eigh(matrix)
+    points: np.ndarray = vectors * np.sqrt(np.clip(values, 0, None))
+    return points
 
-    `matrix`, the cosines, is the Gram matrix of the unit gradients: all that k-means sees of them. Groups are numbered
-    by their first dataset.
+
+def split_by_kmeans(points: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
+    """k-means (scikit-learn) on one point a dataset, as c-BTM does on embeddings; not balanced.
+
+    Groups are numbered by their first dataset.
+
+    Args:
+        points: float [T, dim]: [`gram_points`] of the cosines, or text embeddings.
 
     Raises:
-        ValueError: fewer distinct gradients than groups.
+        ValueError: fewer distinct points than groups.
     """
     from sklearn.cluster import KMeans
 
-    values, vectors = np.linalg.eigh(matrix)
-    points = vectors * np.sqrt(np.clip(values, 0, None))
     labels = KMeans(num_groups, n_init=10, random_state=seed).fit_predict(points)
     if len(set(labels.tolist())) < num_groups:
         raise ValueError(f"k-means found {len(set(labels.tolist()))} distinct groups of {num_groups}")

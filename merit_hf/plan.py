@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from merit_hf import tables
+from merit_hf.choices import whole_name
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.conflict import conflict_matrix
 from merit_hf.readouts import SKETCHES_NAME, open_sketches
@@ -274,12 +275,22 @@ class PartitionPlan:
             ConfigError: no such dataset, or no such file.
         """
         for name, path in paths.items():
+            parts = self._parts_of(name)
+            if parts and name not in self.names:
+                # The file of a dataset that was cut is the file of all its parts.
+                self.supply(dict.fromkeys(parts, path))
+                continue
             if name not in self.names:
                 raise ConfigError(f"--data {name}: the plan has no such dataset. It has {', '.join(self.names)}.")
             if not Path(path).expanduser().exists():
                 raise ConfigError(f"--data {name}={path}: no such file.")
             self.supplied[name] = str(Path(path).expanduser().resolve())
             self.local.setdefault("datasets", {})[name] = {"path": self.supplied[name]}
+
+    def _parts_of(self, name: str) -> list[str]:
+        """The datasets that dataset `name` was cut into."""
+        parts = {entry["name"]: entry.get("part") for entry in self.config["datasets"]}
+        return [part for part in self.names if parts[part] is not None and whole_name(part, parts[part]) == name]
 
     def load_sketches(self) -> np.ndarray | None:
         """The gradient read-outs, float32 [T, dim], memory-mapped; None where the split needed none."""

@@ -13,13 +13,14 @@ import argparse
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from merit_hf import partition
 from merit_hf.adapters import lora_config, model_settings
@@ -33,6 +34,7 @@ from merit_hf.groups import GRADIENT_SPLITS, plan_groups, split_datasets
 from merit_hf.hub import resolve_model
 from merit_hf.measure import keep_readouts, measure_gradients
 from merit_hf.mixture import PreparedDataset, prepare_mixture, read_mixture
+from merit_hf.oversized import planned_parts, with_parts
 from merit_hf.plan import PartitionPlan, PlannedDataset, canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import SKETCHES_NAME, GradientReadout, write_sketches
@@ -49,6 +51,7 @@ from merit_hf.sft import (
 )
 from merit_hf.sharded import shard_model
 from merit_hf.sketch import layer_parts
+from merit_hf.split_inputs import cut_oversized, given_affinity, plan_inputs, text_points
 from merit_hf.tables import ConflictPairs
 from merit_hf.trust import assess
 from merit_hf.versions import library_versions
@@ -73,10 +76,38 @@ class MeritPlanner:
         worker: Worker | None = None,
         parent: PartitionPlan | None = None,
     ) -> None:
-        self.config = config
+        self.config = self._given = config
         self.parent = parent
         self.worker = worker or Worker()
         self.progress = progress or Progress(quiet=not self.worker.is_main)
+
+    @classmethod
+    def from_trainer(
+        cls,
+        trainer: SFTTrainer,
+        datasets: Mapping[str, Dataset],
+        data_dir: str | Path,
+        *,
+        plan: Mapping[str, Any] | None = None,
+        held_out: Mapping[str, Dataset] | None = None,
+        tags: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> MeritPlanner:
+        """A planner for the base, chat template and settings of an `SFTTrainer`, as the same CONFIG would give.
+
+        Args:
+            trainer ([`~trl.SFTTrainer`]): not yet trained. Its own `train_dataset` is not looked at.
+            datasets: what is to be split, by name: rows in a format of TRL's, not tokenised.
+            data_dir: folder to write the rows to, so that groups can be trained from the plan.
+            plan (`dict`, *optional*): keys of CONFIG's `plan:`.
+            held_out, tags (`dict`, *optional*): held-out rows, and labels for a split by tag, by dataset.
+
+        Raises:
+            ConfigError: the trainer was trained already, trains an adapter, or `plan` is refused.
+        """
+        from merit_hf.from_trainer import config_from_trainer
+
+        return cls(config_from_trainer(trainer, datasets, data_dir, plan, held_out, tags), progress)
 
     def plan(self, output: str | Path) -> PartitionPlan:
         """Make the plan and save it in `output`.
@@ -90,6 +121,8 @@ class MeritPlanner:
             MeritError: base or data cannot be read, or a gradient is not finite.
         """
         start = time.monotonic()
+        # Cutting datasets into parts replaces entries; another call starts from those that were given.
+        self.config = self._given
         output = Path(output)
         part = output.with_name(output.name + ".part")
         sft, chat_template = take_chat_template(self.config.sft, self.config.root)
@@ -100,12 +133,12 @@ class MeritPlanner:
             lora_config(self.config.peft)
         loaded, skipped = read_mixture(self.config.datasets, self.config.root, args, self.progress)
         self._check_group_count(len(loaded), skipped)
+        # A matrix that does not fit is told before any model is loaded.
+        given_affinity(self.config, [dataset.name for dataset in loaded])
         folder, base, tokenizer = self._resolve_base(chat_template)
         inputs = self._inputs(base, args, loaded)
         if output.exists():
-            finished = _finished(
-                output, canonical_sha256(inputs), published_config(self.config), local_settings(self.config, folder)
-            )
+            finished = _finished(output, canonical_sha256(inputs), self.config, folder)
             if self.worker.is_main:
                 # A kill between the rename and the clean-up leaves it.
                 shutil.rmtree(part, ignore_errors=True)
@@ -117,6 +150,7 @@ class MeritPlanner:
         peft = model_settings(model) or {}
         prepared, dropped = prepare_mixture(loaded, model, tokenizer, args, self.progress)
         self._check_group_count(len(prepared), skipped | dropped)
+        prepared = self._cut_oversized(prepared, model, tokenizer, args)
         readouts, seconds = self._measure(prepared, model, tokenizer, args, base, part / "gradients", output, peft)
         if not self.worker.is_main and not self.worker.shards:
             self.worker.wait(until=output.exists)
@@ -126,12 +160,19 @@ class MeritPlanner:
         matrix, noted = self._cosines(names, readouts)
         tags = {spec.name: spec.tag for spec in self.config.datasets}
         coordinates, axes = self._axes(matrix, readouts)
+        affinity = given_affinity(self.config, names)
+        points = text_points(self.config, prepared, tokenizer)
 
         def split(matrix: np.ndarray | None, chosen: Sequence[int] | np.ndarray) -> np.ndarray:
             some = [prepared[i] for i in chosen]
-            return split_datasets(some, tags, matrix, self.config.plan, self.config.num_groups)
+            # Groups of re-drawn samples need not keep a bound that some of them could not keep.
+            section = self.config.plan.model_copy(update={"max_imbalance": None})
+            return split_datasets(some, tags, matrix, section, self.config.num_groups)
 
-        groups = split_datasets(prepared, tags, matrix, self.config.plan, self.config.num_groups, coordinates)
+        looked_at = matrix if affinity is None else affinity
+        groups = split_datasets(
+            prepared, tags, looked_at, self.config.plan, self.config.num_groups, coordinates, points
+        )
         all_sampled = self._all_sampled(prepared, readouts)
         trust = assess(readouts, names, groups, split, axes["bounds"], self.config.plan, all_sampled)
         plan = PartitionPlan(
@@ -171,6 +212,17 @@ class MeritPlanner:
         firsts = [readout.first_half for readout in readouts if readout.first_half is not None]
         return save_plan(plan, [readout.sketch for readout in readouts], part, output, first_halves=firsts)
 
+    def _cut_oversized(
+        self,
+        prepared: Sequence[PreparedDataset],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: SFTConfig,
+    ) -> list[PreparedDataset]:
+        """With `plan.split_oversized`, parts in place of datasets that outweigh every group, in CONFIG too."""
+        self.config, cut = cut_oversized(self.config, prepared, model, tokenizer, args, self.progress)
+        return cut
+
     def _check_group_count(self, num_datasets: int, left_out: dict[str, str]) -> None:
         if self.config.num_groups > num_datasets:
             reasons = "; ".join(f"`{name}`: {reason}" for name, reason in sorted(left_out.items()))
@@ -201,7 +253,7 @@ class MeritPlanner:
             "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256")},
             "datasets": {dataset.name: dataset.fingerprint for dataset in loaded},
             "tags": {spec.name: spec.tag for spec in self.config.datasets},
-            "plan": self.config.plan.model_dump(exclude={"tokens_per_batch", "low_memory", "gradient_checkpointing"}),
+            "plan": plan_inputs(self.config),
             "sft": identity_fields(args),
             **({} if self.config.peft is None else {"peft": self.config.peft}),
         }
@@ -224,7 +276,7 @@ class MeritPlanner:
         # A process that is late finds the folder gone again, and the plan in its place.
         self.worker.wait(until=lambda: folder.exists() or output.exists())
         if self.parent is not None:
-            keep_readouts(self.parent, prepared, args, self.config.plan, folder, peft)
+            keep_readouts(self.parent, prepared, args, self.config.plan, folder, peft, self.config.root)
         return measure_gradients(
             prepared,
             model,
@@ -236,6 +288,7 @@ class MeritPlanner:
             self.worker,
             self.progress,
             peft,
+            self.config.root,
         )
 
     def planned_datasets(
@@ -327,11 +380,13 @@ def _matrix(names: Sequence[str], sketches: Sequence[np.ndarray]) -> np.ndarray:
         raise MeritError(f"datasets {', '.join(zero)} have no gradient at the base: {error}.") from error
 
 
-def _finished(output: Path, inputs_sha256: str, config: dict[str, Any], local: dict[str, Any]) -> PartitionPlan:
+def _finished(output: Path, inputs_sha256: str, given: MeritConfig, base: Path) -> PartitionPlan:
     """The plan that is there, with the settings of now where they do not decide it (placement, merge, paths)."""
     plan = PartitionPlan.from_pretrained(output)
+    given = with_parts(given, planned_parts(plan.config["datasets"], given))
+    config, local = published_config(given), local_settings(given, base)
     if plan.inputs_sha256 != inputs_sha256:
-        difference = first_difference(plan.config, config) or "the base's weights or the datasets' rows"
+        difference = first_difference(plan.config, config) or "the base's weights, the datasets' rows or a file"
         raise ConfigError(
             f"{output} holds the plan of other inputs ({difference}). Give another --output, or delete it."
         )

@@ -10,6 +10,8 @@ from merit_hf.data import is_local
 
 # Fields of SFTConfig that may hold the path of a file; all of them are placement.
 _SFT_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+# Keys of `plan` that may hold the path of a file or a folder.
+_PLAN_FILES = ("affinity", "embedding_model", "optimizer_state")
 WEIGHTINGS = ("tokens", "loss_tokens", "uniform")
 
 
@@ -17,6 +19,9 @@ def published_config(config: MeritConfig) -> dict[str, Any]:
     """CONFIG with its defaults resolved and nothing in it that names a file of this machine."""
     content = config.model_dump(mode="json")
     content["plan"]["num_groups"] = config.num_groups
+    for key in _PLAN_FILES:
+        if _is_file(key, content["plan"][key], config.root):
+            content["plan"][key] = "file"
     content["sft"].pop("chat_template_path", None)
     for field in _SFT_FILES:
         if isinstance(content["sft"].get(field), str):
@@ -49,13 +54,21 @@ def local_settings(config: MeritConfig, base: Path) -> dict[str, Any]:
             entries[spec.name] = local
     sft = {field: absolute(config.sft[field]) for field in _SFT_FILES if isinstance(config.sft.get(field), str)}
     weights = config.merge.weights
+    named = {key: getattr(config.plan, key) for key in _PLAN_FILES}
+    files = {key: absolute(path) for key, path in named.items() if path is not None and _is_file(key, path, root)}
     return {
         "base": str(base),
         "root": str(root),
         "datasets": entries,
         "sft": sft,
+        **({"plan": files} if files else {}),
         "merge_weights": None if weights in WEIGHTINGS else absolute(weights),
     }
+
+
+def _is_file(key: str, path: str | None, root: Path) -> bool:
+    """Whether a key of `plan` names something on this machine; only a model may be elsewhere."""
+    return path is not None and (key != "embedding_model" or is_local(path, root))
 
 
 def first_difference(planned: Any, found: Any, key: str = "") -> str | None:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hub_server import HubServer
 from safetensors.torch import load_file
 from test_group_merge import finish_group
 from test_group_merge import make_plan as make_groups_plan
 from tiny import as_chat, make_base, make_mixture, task_rows, write_jsonl
+from trl import SFTTrainer
 from typer.testing import CliRunner
 
 from merit_hf.cli import app
@@ -35,6 +37,7 @@ from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
+from merit_hf.sft import build_args, load_model, load_tokenizer
 from merit_hf.training import train_group
 
 SECTIONS = {
@@ -72,7 +75,25 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_jsonl(path.parent / entry["path"], [as_chat(row) for row in task_rows(entry["name"], count)])
     content["plan"] = {"num_groups": 2, "num_samples": 4, "sketch_dim": 512}
     path.write_text(yaml.safe_dump(content))
+    for name, first in (("first", {"copy", "upper"}), ("second", {"count", "reverse"})):
+        lines = [f"{a}," + ",".join("1" if (a in first) == (b in first) else "-1" for b in TASKS) for a in TASKS]
+        (path.parent / f"{name}.csv").write_text("\n".join(["dataset," + ",".join(TASKS), *lines]) + "\n")
+    save_optimizer_state(path)
     return path
+
+
+def save_optimizer_state(config: Path) -> None:
+    """Beside CONFIG, what the Trainer's own optimizer holds after a step along a random gradient."""
+    read = MeritConfig.from_yaml(config)
+    args, base = build_args(read.sft), config.parent / "base"
+    rows = load_rows(read.datasets[0], config.parent).train
+    trainer = SFTTrainer(load_model(base, args), args=args, train_dataset=rows, processing_class=load_tokenizer(base))
+    torch.manual_seed(0)
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = trainer.create_optimizer()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), config.parent / "optimizer.pt")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +134,15 @@ PLAN_CASES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "plan.low_memory": ((), "plan.low_memory=true", "datasets"),
     "plan.gradient_checkpointing": ((), "plan.gradient_checkpointing=true", "checkpointing"),
     "plan.seed": ((), "plan.seed=1", "sketches"),
+    "plan.split_seed": (("plan.split=random",), "plan.split_seed=5", "groups"),
+    "plan.group_shares": ((), "plan.group_shares=[5,1]", "groups"),
+    "plan.max_imbalance": (("plan.split=kmeans", "plan.balance=examples"), "plan.max_imbalance=1.3", "groups"),
+    "plan.split_oversized": ((), "plan.split_oversized=true", "datasets"),
+    "plan.affinity": (("plan.split=affinity", "plan.affinity=first.csv"), "plan.affinity=second.csv", "groups"),
+    "plan.embedding_model": (("plan.split=kmeans_text",), "plan.embedding_model=base", "groups"),
+    "plan.precondition": ((), "plan.precondition=adam", "sketches"),
+    "plan.precondition_batches": (("plan.precondition=adam",), "plan.precondition_batches=2", "sketches"),
+    "plan.optimizer_state": (("plan.precondition=adam",), "plan.optimizer_state=optimizer.pt", "sketches"),
     "datasets.name": ((), "datasets.copy.name=zebra", "sha256"),
     "datasets.path": ((), "datasets.copy.path=data/reverse.jsonl", "sha256"),
     "datasets.tag": (("plan.split=by_tag", "plan.num_groups=null"), "datasets.copy.tag=z", "groups"),
@@ -149,6 +179,7 @@ ROW_CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "datasets.text": ({"text": "text"}, "body"),
     "datasets.chat": ({"prompt": "prompt", "completion": "completion"}, True),
     "datasets.eval_path": ({}, "other.jsonl"),
+    "datasets.part": ({"name": "set#1"}, "1/2"),
 }
 
 
@@ -159,7 +190,7 @@ def test_a_key_changes_the_rows(key: str, tmp_path: Path) -> None:
     common, value = ROW_CASES[key]
 
     def rows(**values: Any) -> tuple[Any, ...]:
-        loaded = load_rows(DatasetSection(name="set", path="rows.jsonl", **{**common, **values}), tmp_path)
+        loaded = load_rows(DatasetSection(**{"name": "set", "path": "rows.jsonl", **common, **values}), tmp_path)
         return list(loaded.train), list(loaded.eval or []), loaded.fingerprint
 
     before, after = rows(), rows(**{key.partition(".")[2]: value})

@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "merit_hf"
 # A room imports rooms to its left only.
 ROAD = [
+    "errors",
     "fields",
+    "overrides",
+    "choices",
     "config",
     "text",
     "quiet",
@@ -49,6 +52,8 @@ ROAD = [
     "adapted",
     "sft",
     "data",
+    "affinity",
+    "oversized",
     "resolved",
     "ledger",
     "tables",
@@ -73,6 +78,8 @@ ROAD = [
     "sharded",
     "gradients",
     "memory",
+    "precondition",
+    "embeddings",
     "verification.movement",
     "verification.behaviour",
     "verification.verify",
@@ -82,9 +89,13 @@ ROAD = [
     "sharing.publish_data",
     "measure",
     "groups",
+    "split_inputs",
     "planner",
     "extension",
     "extend",
+    "repartition",
+    "estimate",
+    "from_trainer",
     "callback",
     "training",
     "launch",
@@ -123,13 +134,17 @@ ROAD = [
     "cli_options",
     "cli_plan",
     "cli_hub",
+    "cli_plan",
     "cli",
 ]
 # A plan is saved with its card and its figures, which are made of a plan.
-UPHILL = {("plan", "cards"), ("plan", "figures"), ("plan", "sharing.publish")}
+UPHILL = {("plan", "cards"), ("plan", "figures"), ("plan", "sharing.publish"), ("planner", "from_trainer")}
 # `merit --help`, CONFIG and a look at a plan need none of these rooms to wait for torch.
 WITHOUT_TORCH = [
+    "errors",
     "fields",
+    "overrides",
+    "choices",
     "config",
     "text",
     "quiet",
@@ -167,6 +182,7 @@ WITHOUT_TORCH = [
     "cli_options",
     "cli_plan",
     "cli_hub",
+    "cli_plan",
     "cli",
 ]
 HUB_NAMES = {
@@ -179,6 +195,7 @@ HUB_NAMES = {
 MAX_LINES = 400
 COMMANDS = (
     "plan",
+    "split",
     "train",
     "merge",
     "evaluate",
@@ -258,7 +275,7 @@ def test_imports_point_down_the_road() -> None:
 
 
 def test_config_imports_next_to_nothing_of_ours_and_nothing_imports_the_command_line() -> None:
-    assert {target for item, target in OURS if item.room == "config"} == {"fields"}
+    assert {target for item, target in OURS if item.room == "config"} == {"errors", "fields", "overrides", "choices"}
     assert [item.room for item, target in OURS if target == "cli" and item.room != "cli"] == []
 
 
@@ -281,7 +298,7 @@ def test_every_library_has_its_room() -> None:
     users = {
         library: {i.room for i in IMPORTS if i.module.split(".")[0] == library} for library in ("typer", "pydantic")
     }
-    assert users == {"typer": {"cli", "cli_hub", "cli_options"}, "pydantic": {"config"}}
+    assert users == {"typer": {"cli", "cli_hub", "cli_options", "cli_plan"}, "pydantic": {"config"}}
 
 
 def test_every_import_is_a_declared_dependency() -> None:

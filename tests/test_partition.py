@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from merit_hf.conflict import conflict_matrix
 from merit_hf.partition import (
     cut_position,
+    gram_points,
     num_axes_for,
     principal_axes,
     split_at_random,
@@ -129,13 +130,14 @@ def test_two_groups_are_always_within_half_of_the_heaviest_dataset(sizes: list[i
 
 
 def test_cut_position() -> None:
-    assert cut_position(np.array([1.0, 1, 1, 1]), 1, 1) == 2
-    assert cut_position(np.array([5.0, 1, 1, 1]), 1, 1) == 1
-    assert cut_position(np.array([1.0, 1, 1, 5]), 1, 1) == 3
-    assert cut_position(np.array([1.0, 1, 1, 1, 1, 1]), 2, 1) == 4
+    assert cut_position(np.array([1.0, 1, 1, 1]), [1], [1]) == 2
+    assert cut_position(np.array([5.0, 1, 1, 1]), [1], [1]) == 1
+    assert cut_position(np.array([1.0, 1, 1, 5]), [1], [1]) == 3
+    assert cut_position(np.array([1.0, 1, 1, 1, 1, 1]), [1, 1], [1]) == 4
+    assert cut_position(np.array([1.0, 1, 1, 1]), [3], [1]) == 3
     # One dataset outweighs all: its side still keeps a dataset for each of its groups.
-    assert cut_position(np.array([100.0, 1, 1, 1]), 2, 2) == 2
-    assert cut_position(np.array([1.0, 1]), 1, 1) == 1
+    assert cut_position(np.array([100.0, 1, 1, 1]), [1, 1], [1, 1]) == 2
+    assert cut_position(np.array([1.0, 1]), [1], [1]) == 1
 
 
 def test_sizes_decide_the_cut() -> None:
@@ -232,13 +234,13 @@ def test_kmeans_finds_planted_clusters_and_numbers_them_by_their_first_dataset()
     labels = np.array([0, 1, 0, 2, 1, 2, 0, 1])
     gradients = np.eye(3, 40)[labels] + 0.02 * rng.standard_normal((8, 40))
     for seed in range(5):
-        groups = split_by_kmeans(conflict_matrix(gradients), 3, seed)
+        groups = split_by_kmeans(gram_points(conflict_matrix(gradients)), 3, seed)
         assert groups.tolist() == labels.tolist()
-    assert split_by_kmeans(np.eye(1), 1, 0).tolist() == [0]
+    assert split_by_kmeans(gram_points(np.eye(1)), 1, 0).tolist() == [0]
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_kmeans_refuses_more_groups_than_distinct_gradients() -> None:
     twins = conflict_matrix(np.repeat(np.eye(2, 5), 3, axis=0))
     with pytest.raises(ValueError, match="2 distinct groups of 3"):
-        split_by_kmeans(twins, 3, 0)
+        split_by_kmeans(gram_points(twins), 3, 0)

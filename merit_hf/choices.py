@@ -1,0 +1,75 @@
+"""Which keys of CONFIG go together: choices that mean something only beside another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from merit_hf.errors import ConfigError
+
+
+def check_choices(plan: Any, num_datasets: int, source: str) -> None:
+    """Keys of a PlanSection that mean something only beside another one.
+
+    Raises:
+        ConfigError: a key that the split does not read, or one that it needs and that is missing.
+    """
+    shares = plan.group_shares
+    if shares is not None:
+        if plan.split in ("joint", "by_tag", "kmeans", "kmeans_text"):
+            raise ConfigError(
+                f"{source}: plan.group_shares is for splits that cut by size (merit, affinity, random), not for "
+                f"plan.split={plan.split}. Leave it out."
+            )
+        if plan.num_groups not in (None, len(shares)):
+            raise ConfigError(
+                f"{source}: plan.num_groups={plan.num_groups}, but plan.group_shares has {len(shares)} shares. Leave "
+                "plan.num_groups out."
+            )
+        if len(shares) > num_datasets:
+            raise ConfigError(
+                f"{source}: plan.group_shares has {len(shares)} shares for {num_datasets} datasets, and no group may "
+                "be empty. Give fewer shares, or add datasets."
+            )
+    if plan.split in ("joint", "by_tag") and plan.max_imbalance is not None:
+        raise ConfigError(
+            f"{source}: plan.max_imbalance={plan.max_imbalance:g}, but plan.split={plan.split} does not choose what a "
+            "group holds. Leave it out."
+        )
+    for key, split in (("affinity", "affinity"), ("embedding_model", "kmeans_text")):
+        if getattr(plan, key) is not None and plan.split != split:
+            raise ConfigError(
+                f"{source}: plan.{key} is read by plan.split={split} alone, and plan.split={plan.split}. Set "
+                f"plan.split={split}, or leave plan.{key} out."
+            )
+    if plan.split == "affinity" and plan.affinity is None:
+        raise ConfigError(f"{source}: plan.split=affinity needs plan.affinity=FILE, the matrix to cut by. Add it.")
+    if plan.optimizer_state is not None and plan.precondition != "adam":
+        raise ConfigError(
+            f"{source}: plan.optimizer_state is read with plan.precondition=adam alone. Set that, or leave it out."
+        )
+
+
+def whole_name(name: str, part: str | None) -> str:
+    """The name that all parts of a dataset have in common: what stands before `#k`."""
+    return name if part is None else name.rpartition("#")[0]
+
+
+def part_of(part: str) -> tuple[int, int]:
+    """`"2/3"` → (2, 3). Raises ValueError for anything that is not part k of n ≥ k ≥ 1."""
+    number, slash, count = part.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(part)
+    return int(number), int(count)
+
+
+def check_part(name: str, part: str, source: str) -> None:
+    """Raises ConfigError where `part` is no `k/n`, or the entry is not called `NAME#k`."""
+    try:
+        number, _ = part_of(part)
+    except ValueError:
+        raise ConfigError(f"{source}: datasets.{name}.part={part!r}: expected k/n, such as '2/3'.") from None
+    if not name.endswith(f"#{number}") or name == f"#{number}":
+        raise ConfigError(
+            f"{source}: datasets.{name}.part={part!r}: all parts of NAME are drawn by NAME, so call this one "
+            f"NAME#{number}."
+        )

@@ -1,0 +1,235 @@
+"""`merit plan --dry-run`: what planning and training would take, from a short probe of the real model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from merit_hf.config import MeritConfig, MeritError
+from merit_hf.data import count_tokens, seed_of
+from merit_hf.gradients import batch_by_tokens, sample_indices, trained_parameters
+from merit_hf.groups import GRADIENT_SPLITS
+from merit_hf.hub import resolve_model
+from merit_hf.mixture import read_mixture
+from merit_hf.progress import Progress
+from merit_hf.sft import (
+    build_args,
+    check_trainable,
+    collate,
+    identity_fields,
+    load_model,
+    load_tokenizer,
+    loss_sum,
+    open_loss,
+    take_chat_template,
+    tokenize_rows,
+)
+from merit_hf.sketch import make_sketch
+
+# Rows of a dataset that are tokenised, and seconds of forward and backward: enough for a figure, over in seconds.
+_NUM_ROWS, _PROBE_SECONDS = 64, 5.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan and the trainings after it would take. Sizes in bytes, times in seconds.
+
+    Attributes:
+        num_parameters, num_trained: of the model, and of those that are trained.
+        num_datasets, num_examples, num_input_tokens: of the mixture; tokens from up to 64 rows a dataset.
+        gradient_tokens: of the samples behind the gradients, `precondition` included; 0 where the split needs none.
+        tokens_per_second: of forward and backward here, over `probe_tokens`. device: on what.
+        parameter_bytes, gradient_bytes, activation_bytes: while planning, for micro-batches of `tokens_per_batch`.
+        plan_bytes, checkpoint_bytes: on disk: the read-outs while planning, and all group checkpoints.
+        group_tokens: of each group's training. group_flop: each group's floating point operations.
+    """
+
+    num_parameters: int
+    num_trained: int
+    num_datasets: int
+    num_examples: int
+    num_input_tokens: int
+    gradient_tokens: int
+    tokens_per_second: float
+    probe_tokens: int
+    device: str
+    parameter_bytes: int
+    gradient_bytes: int
+    activation_bytes: int
+    plan_bytes: int
+    checkpoint_bytes: int
+    group_tokens: list[int]
+    group_flop: list[float]
+
+    @property
+    def gradient_seconds(self) -> float:
+        return self.gradient_tokens / self.tokens_per_second
+
+
+def estimate_plan(config: MeritConfig, progress: Progress | None = None) -> Estimate:
+    """Read the data, tokenise a sample of it, run a few micro-batches, and add up.
+
+    Raises:
+        ConfigError, MeritError: as [`MeritPlanner.plan`] does, for base and data.
+    """
+    progress = progress or Progress()
+    sft, chat_template = take_chat_template(config.sft, config.root)
+    args = build_args(sft)
+    check_trainable(args, config.peft)
+    loaded, _ = read_mixture(config.datasets, config.root, args, progress)
+    section = config.base
+    folder, _, _ = resolve_model(section.model_name_or_path, section.revision, config.root, "base.model_name_or_path")
+    tokenizer = load_tokenizer(folder, chat_template)
+    model = load_model(folder, args, config.peft)
+    samples, tokens, sampled = [], [], []
+    largest = config.plan.max_num_samples if config.plan.num_samples == "auto" else config.plan.num_samples
+    with progress.stage("Tokenising a sample", total=len(loaded)) as stage:
+        for dataset in loaded:
+            chosen = sample_indices(len(dataset.train), _NUM_ROWS, seed_of("estimate", dataset.name))
+            rows = tokenize_rows(model, tokenizer, args, dataset.train.select(chosen)).rows
+            mean = count_tokens(rows).num_input_tokens / len(chosen)
+            samples.append(rows)
+            tokens.append(mean * len(dataset.train))
+            sampled.append(mean * min(largest, len(dataset.train)))
+            stage.advance()
+    fullest = max(range(len(samples)), key=lambda number: tokens[number])
+    with open_loss(model, tokenizer, args, samples[fullest]) as trainer:
+        probed, seconds = _probe(trainer, samples[fullest], config.plan.tokens_per_batch)
+    return _estimate(config, args, model, [len(d.train) for d in loaded], tokens, sum(sampled), probed, seconds)
+
+
+def _probe(trainer: SFTTrainer, rows: datasets.Dataset, tokens_per_batch: int) -> tuple[int, float]:
+    """Tokens and seconds of forward and backward, after one micro-batch that is not timed."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    batches = [batch for batch in batch_by_tokens(lengths, tokens_per_batch) if batch]
+    if not batches:
+        raise MeritError("none of the sampled examples has a loss token, so nothing can be timed.")
+    done, start, began = 0, 0.0, time.monotonic()
+    for number in range(1 + max(3, len(batches))):
+        if number == 1:
+            start = time.monotonic()
+        batch = batches[number % len(batches)]
+        loss_sum(trainer, collate(trainer, rows, batch)).backward()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        done += sum(lengths[index] for index in batch) if number else 0
+        if number and time.monotonic() - began > _PROBE_SECONDS:
+            break
+    return done, time.monotonic() - start
+
+
+def _estimate(
+    config: MeritConfig,
+    args: SFTConfig,
+    model: PreTrainedModel,
+    examples: Sequence[int],
+    tokens: Sequence[float],
+    sampled: float,
+    probed: int,
+    seconds: float,
+) -> Estimate:
+    parameters = list(model.parameters())
+    trained = trained_parameters(model)
+    total, num_trained = sum(p.numel() for p in parameters), sum(p.numel() for _, p in trained)
+    needs_gradients = config.plan.split in GRADIENT_SPLITS
+    batch = int(identity_fields(args)["effective_batch_size"])
+    mean = sum(tokens) / sum(examples)
+    if needs_gradients and config.plan.precondition == "adam" and config.plan.optimizer_state is None:
+        sampled += min(config.plan.precondition_batches * batch, sum(examples)) * mean
+    passes = args.max_steps * batch / sum(examples) if args.max_steps > 0 else args.num_train_epochs
+    shares = np.array(config.plan.group_shares or [1.0] * config.num_groups)
+    group_tokens = (shares / shares.sum() * sum(tokens) * passes).round().astype(np.int64).tolist()
+    sketch = make_sketch(
+        config.plan.sketch, [(name, p.numel()) for name, p in trained], config.plan.sketch_dim, config.plan.stride,
+        config.plan.seed,
+    )  # fmt: skip
+    # A group checkpoint is saved in the width that it is trained in.
+    saved = sum(p.numel() * p.element_size() for p in (dict(trained).values() if config.peft else parameters))
+    return Estimate(
+        num_parameters=total,
+        num_trained=num_trained,
+        num_datasets=len(examples),
+        num_examples=sum(examples),
+        num_input_tokens=round(sum(tokens)),
+        gradient_tokens=round(sampled) if needs_gradients else 0,
+        tokens_per_second=probed / seconds,
+        probe_tokens=probed,
+        device=str(args.device),
+        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        gradient_bytes=sum(p.numel() * p.element_size() for _, p in trained),
+        activation_bytes=_activation_bytes(model, config.plan.tokens_per_batch),
+        plan_bytes=2 * 4 * len(examples) * sketch.dim if needs_gradients else 0,
+        checkpoint_bytes=config.num_groups * saved,
+        group_tokens=group_tokens,
+        # Forward and the backward through activations take 2 operations a parameter and token each, the weights'
+        # own gradients 2 more of those that are trained: the usual 6 where all are.
+        group_flop=[count * (4.0 * total + 2.0 * num_trained) for count in group_tokens],
+    )
+
+
+def _activation_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """About what a backward keeps of `tokens` tokens: 34 numbers of a layer's width at two bytes each in mixed
+    precision (Korthikanti et al., 2022, without attention scores), and the logits with their gradient in float32.
+    """
+    text = model.config.get_text_config()
+    width = next(model.parameters()).element_size() / 2
+    layers = text.num_hidden_layers * text.hidden_size * 34 * width
+    return int(tokens * (layers + 2 * 4 * text.vocab_size))
+
+
+def estimate_lines(estimate: Estimate, teraflops: float) -> list[str]:
+    """The estimate in words.
+
+    Args:
+        teraflops: what a GPU achieves in training, in 10¹² operations a second.
+    """
+    e = estimate
+    lines = [
+        f"{e.num_datasets} datasets, {e.num_examples:,} examples, about {e.num_input_tokens:,} tokens a pass (from up "
+        f"to {_NUM_ROWS} examples each).",
+        f"Model: {e.num_parameters:,} parameters, {e.num_trained:,} of them trained.",
+    ]
+    if e.gradient_tokens:
+        lines.append(
+            f"Gradients: about {e.gradient_tokens:,} tokens in {_duration(e.gradient_seconds)} on one process here "
+            f"({e.tokens_per_second:,.0f} tokens a second on {e.device}, measured over {e.probe_tokens:,})."
+        )
+        lines.append(
+            f"Memory while planning: about {_size(e.parameter_bytes + e.gradient_bytes + e.activation_bytes)} "
+            f"(parameters {_size(e.parameter_bytes)}, gradients {_size(e.gradient_bytes)}, activations by rule of "
+            f"thumb {_size(e.activation_bytes)})."
+        )
+    else:
+        lines.append("Gradients: none, this split needs none.")
+    lines.append(
+        f"Disk: about {_size(e.plan_bytes)} for the plan, and {_size(e.checkpoint_bytes)} for the groups' finished "
+        "checkpoints."
+    )
+    hours = [flop / (teraflops * 1e12) / 3600 for flop in e.group_flop]
+    lines.append(
+        f"Training at {teraflops:g} TFLOP/s a GPU, if groups hold exactly their shares: "
+        + ", ".join(f"group {number} {value:.2g}" for number, value in enumerate(hours))
+        + f" GPU-hours; {sum(hours):.2g} in all, by operations per token and parameter (6 where all are trained)."
+    )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
