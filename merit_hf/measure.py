@@ -55,11 +55,14 @@ def measure_gradients(
     worker: Worker,
     progress: Progress,
     peft: dict[str, Any] | None = None,
+    freeze: Sequence[str] = (),
 ) -> tuple[list[GradientReadout], float]:
     """The read-out of every dataset, in order, and the seconds this call took.
 
     With a fresh adapter on the model the gradients are the adapter's: A's are exactly zero, since B is, and B's are a
     random projection of the dense ones by A, which `sft.seed` draws and which is the same for every dataset.
+
+    `freeze` names the modules that do not train (see [`load_model`]).
 
     Read-outs in `folder` from an earlier try are kept where base, tokens, loss and read-out are the same. Several
     workers of one launch share the rest; each returns when all are done. `folder` exists until the plan is finished.
@@ -74,7 +77,7 @@ def measure_gradients(
     jobs = [
         _Job(d.name, d.counts.num_input_tokens, _sample(d, section), readout_path(folder, d.name), key)
         for d in prepared
-        for key in [_key(d, args, section, weights_sha256, peft)]
+        for key in [_key(d, args, section, weights_sha256, peft, freeze)]
     ]
     missing = [job for job in jobs if job.load() is None]
     if len(missing) < len(jobs):
@@ -90,7 +93,12 @@ def measure_gradients(
             try:
                 with open_loss(model, tokenizer, args, job.rows) as trainer:
                     readout = dataset_gradient(
-                        trainer, job.rows, sketch, section.reduction, GradientSettings(section.tokens_per_batch), stage.advance
+                        trainer,
+                        job.rows,
+                        sketch,
+                        section.reduction,
+                        GradientSettings(section.tokens_per_batch),
+                        stage.advance,
                     )
             except MeritError as error:
                 raise MeritError(f"dataset `{job.name}`: {error}") from error
@@ -112,7 +120,12 @@ def _sample(dataset: PreparedDataset, section: PlanSection) -> datasets.Dataset:
 
 
 def _key(
-    dataset: PreparedDataset, args: SFTConfig, section: PlanSection, weights_sha256: str, peft: dict[str, Any] | None
+    dataset: PreparedDataset,
+    args: SFTConfig,
+    section: PlanSection,
+    weights_sha256: str,
+    peft: dict[str, Any] | None,
+    freeze: Sequence[str],
 ) -> str:
     return canonical_sha256(
         {
@@ -122,6 +135,7 @@ def _key(
             "loss": {field: str(getattr(args, field)) for field in _LOSS_FIELDS},
             "plan": section.model_dump(include=_READOUT_FIELDS),
             **({"peft": peft, "seed": args.seed} if peft else {}),
+            **({"freeze": freeze} if freeze else {}),
         }
     )
 

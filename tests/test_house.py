@@ -41,6 +41,8 @@ ROAD = [
     "identity",
     "sharing.untrusted",
     "sharing.licences",
+    "images",
+    "vision",
     "adapters",
     "adapted",
     "sft",

@@ -70,7 +70,7 @@ def probe(
     """
     args = build_args(float32_settings(plan))
     base = sources["base"].folder
-    tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
+    tokenizer = load_tokenizer(base, plan.base.get("chat_template"), plan.has_images)
     model = load_model(base, args)
     held_out, training, skipped = read_loss_rows(plan, model, tokenizer, args, num_samples, progress)
     rows = _all_rows(held_out, training)
