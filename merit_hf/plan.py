@@ -120,6 +120,11 @@ class PartitionPlan:
         """Whether a dataset holds images: all of the mixture then goes through the base's processor."""
         return any(entry.get("images") for entry in self.config["datasets"])
 
+    def sees_images(self, number: int) -> bool:
+        """Whether a dataset of the group holds images."""
+        members = self.group(number).datasets
+        return any(entry.get("images") for entry in self.config["datasets"] if entry["name"] in members)
+
     def base_folder(self) -> Path:
         """The base on this machine: where it was planned from, or the pinned commit from the Hub.
 

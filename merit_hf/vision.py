@@ -16,6 +16,7 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from trl import maybe_convert_to_chatml
 
@@ -88,6 +89,20 @@ def freeze_modules(model: nn.Module, prefixes: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"base.freeze={list(prefixes)}: nothing would be left to train. Name fewer modules.")
+
+
+def frozen_tensors(folder: Path, prefixes: Sequence[str]) -> set[str]:
+    """Names, in the files of the checkpoint in `folder`, of the tensors that freezing `prefixes` leaves as they are.
+
+    transformers loads some architectures under other names than they are saved under.
+    """
+    model = auto_class(folder).from_pretrained(str(folder), device_map="meta", trust_remote_code=False)
+    frozen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(is_under(name, prefix) for prefix in prefixes)
+    }
+    return set(revert_weight_conversion(model, frozen))
 
 
 def names_of_trained(model: Any) -> set[str]:
