@@ -35,7 +35,15 @@ from merit_hf.hub import repo_of_snapshot
 from merit_hf.identity import BATCH_FIELDS as BATCH_FIELDS
 from merit_hf.identity import IDENTITY_FIELDS as IDENTITY_FIELDS
 from merit_hf.images import IMAGES
-from merit_hf.vision import auto_class, collated_tokens, freeze_modules, is_processor, load_processor, vision_rows
+from merit_hf.vision import (
+    auto_class,
+    collated_tokens,
+    freeze_modules,
+    is_processor,
+    load_processor,
+    read_row,
+    vision_rows,
+)
 
 _FLOATS = tuple(
     f.name for f in dataclasses.fields(SFTConfig) if f.name in IDENTITY_FIELDS and f.type in (float, "float")
@@ -300,6 +308,8 @@ def tokenize_rows(
     """
     if is_processor(tokenizer):
         ready = vision_rows(rows, tokenizer)
+        # SFTTrainer's constructor reads it too, and says nothing of where it stands.
+        read_row(ready, 0)
         with open_trainer(model, tokenizer, args, ready) as trainer:
             ready = collated_tokens(trainer.data_collator, ready)
         return TokenizedRows(ready, 0, 0, list(range(len(ready))))

@@ -13,7 +13,6 @@ from typing import Any
 
 import datasets
 import torch
-from PIL import UnidentifiedImageError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
@@ -158,10 +157,10 @@ def collated_tokens(collator: Any, rows: datasets.Dataset) -> datasets.Dataset:
     ids, labels = [], []
     for number in range(len(rows)):
         try:
-            batch = collator([rows[number]])
-        except UnidentifiedImageError as error:
-            raise ConfigError(f"row {number}: an image cannot be read: {error}.") from error
-        except (ValueError, TypeError, KeyError, IndexError, OSError, NotImplementedError) as error:
+            batch = collator([read_row(rows, number)])
+        except OSError as error:
+            raise _unreadable(number, error) from error
+        except (ValueError, TypeError, KeyError, IndexError) as error:
             raise ConfigError(f"row {number}: TRL refuses it: {' '.join(str(error).split())}") from error
         kept = batch["attention_mask"][0].bool()
         ids.append(batch["input_ids"][0][kept].tolist())
@@ -171,6 +170,22 @@ def collated_tokens(collator: Any, rows: datasets.Dataset) -> datasets.Dataset:
         features=datasets.Features({name: datasets.List(datasets.Value("int64")) for name in ("input_ids", "labels")}),
     )
     return datasets.concatenate_datasets([rows, tokens], axis=1)
+
+
+def read_row(rows: datasets.Dataset, number: int) -> dict[str, Any]:
+    """A row with its images decoded.
+
+    Raises:
+        ConfigError: one of them is no image.
+    """
+    try:
+        return dict(rows[number])
+    except OSError as error:
+        raise _unreadable(number, error) from error
+
+
+def _unreadable(number: int, error: OSError) -> ConfigError:
+    return ConfigError(f"row {number}: an image cannot be read: {error}. Replace it, or leave the row out.")
 
 
 def _blocks(messages: Any, num_images: int, marker: str | None) -> list[dict[str, Any]]:
