@@ -137,7 +137,7 @@ def fingerprint(rows: datasets.Dataset) -> str:
 
 def format_name(rows: datasets.Dataset) -> str:
     """TRL's name for the rows' format, read from the first row as TRL does."""
-    first = rows[0]
+    first = next(undecoded(rows))
     kind = "prompt-completion" if "prompt" in first else "language modeling"
     value = first.get("prompt", first.get("messages", first.get("conversations")))
     return f"conversational {kind}" if isinstance(value, list) else kind

@@ -96,12 +96,16 @@ def frozen_tensors(folder: Path, prefixes: Sequence[str]) -> set[str]:
     transformers loads some architectures under other names than they are saved under.
     """
     model = auto_class(folder).from_pretrained(str(folder), device_map="meta", trust_remote_code=False)
-    frozen = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if any(is_under(name, prefix) for prefix in prefixes)
-    }
-    return set(revert_weight_conversion(model, frozen))
+    frozen = [name for name, _ in model.named_parameters() if any(is_under(name, prefix) for prefix in prefixes)]
+    names = saved_names(model)
+    return {names[name] for name in frozen}
+
+
+def saved_names(model: Any) -> dict[str, str]:
+    """{name in the model: name in a checkpoint's files} of its tensors; the same where saving rearranges them."""
+    held = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    saved = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(held)).items()}
+    return {name: saved.get(id(tensor), name) for name, tensor in held.items()}
 
 
 def names_of_trained(model: Any) -> set[str]:

@@ -10,7 +10,7 @@ import yaml
 
 
 def make_vl_mixture(folder: Path, count: int = 11, tasks: tuple[str, ...] = tuple(make_llava.TASKS)) -> Path:
-    """An untrained base and a CONFIG over the recipe's tasks: one or two images a row, and text. Returns CONFIG's path."""
+    """An untrained base and a CONFIG over the recipe's tasks: images and text. Returns CONFIG's path."""
     make_llava.make_base(folder / "base")
     entries: list[dict[str, Any]] = []
     for name in tasks:
