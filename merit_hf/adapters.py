@@ -134,10 +134,12 @@ def expected_adapter_tensors(base: str | Path, peft: Mapping[str, Any]) -> dict[
     Built without weights, on the meta device.
     """
     from peft import get_peft_model_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from merit_hf.vision import auto_class
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(base)))
+        model = auto_class(base).from_config(AutoConfig.from_pretrained(str(base)))
         wrapped = add_adapter(model, peft, seed=0)
     tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}

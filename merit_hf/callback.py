@@ -22,11 +22,13 @@ from merit_hf.cards import group_model_card
 from merit_hf.checkpoint import weights_sha256
 from merit_hf.config import MeritError
 from merit_hf.data import add_digests, count_tokens, format_digest
+from merit_hf.images import IMAGES
 from merit_hf.ledger import TokenLedger
 from merit_hf.manifest import group_manifest, hash_files, write_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.resolved import first_difference
 from merit_hf.sft import chat_template_sha256, identity_fields
+from merit_hf.vision import collated_tokens, is_under, names_of_trained
 
 _BATCH_CURES = {
     "effective_batch_size": "Make per_device_train_batch_size × gradient_accumulation_steps × processes that product",
@@ -76,6 +78,7 @@ class MeritCallback(TrainerCallback, ExportableState):
         self._check_settings(args)
         self._check_base(model, kwargs.get("processing_class"))
         self._check_adapter(model)
+        self._check_frozen(model)
         self._check_data(trainer)
         before = self._totals_before(state, args)
         # PEFT changes the model that it wraps, so a second adapter on it would not start at the base either.
@@ -224,14 +227,35 @@ class MeritCallback(TrainerCallback, ExportableState):
         cure = "peft_config=LoraConfig(**plan.peft)" if self.plan.peft else "the plain model"
         raise MeritError(f"group {self.group}: {what}. Give SFTTrainer {cure}, or plan again.")
 
+    def _check_frozen(self, model: PreTrainedModel) -> None:
+        """Of the plan's frozen modules nothing may train; of the others, at least what their gradient was taken of."""
+        freeze = self.plan.base.get("freeze", [])
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and any(is_under(name, prefix) for prefix in freeze):
+                raise MeritError(
+                    f"group {self.group}: {name} would be trained, and the plan freezes {', '.join(freeze)}. Call "
+                    "requires_grad_(False) on these modules before the trainer is made, or plan again."
+                )
+        names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        others = sorted(name for name in names if not any(is_under(name, prefix) for prefix in freeze))
+        # A few architectures hold parameters that never train, such as fixed positions.
+        if others and not self.plan.peft and names_of_trained(model) & set(others):
+            raise MeritError(
+                f"group {self.group}: {others[0]} would not be trained, and the plan trains it. Leave it trainable, "
+                "or plan again with base.freeze."
+            )
+
     def _check_data(self, trainer: Trainer) -> None:
         planned, rows = self.plan.group(self.group), trainer.train_dataset
+        if isinstance(rows, datasets.Dataset) and self.plan.has_images and "input_ids" not in rows.column_names:
+            # With images TRL tokenises when it collates, so the tokens are not there yet.
+            rows = collated_tokens(trainer.data_collator, rows)
         if not isinstance(rows, datasets.Dataset) or "input_ids" not in rows.column_names:
             raise MeritError(
                 f"group {self.group}: the training data is not a tokenised `datasets.Dataset`, so it cannot be held "
                 "against the plan. Do not stream it, and let the trainer tokenise it."
             )
-        columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
+        columns = [name for name in ("input_ids", "labels", "seq_lengths", IMAGES) if name in rows.column_names]
         rows = rows.select_columns(columns)
         if "labels" not in columns:
             rows = rows.map(lambda row: {"labels": row["input_ids"]})

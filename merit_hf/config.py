@@ -37,10 +37,13 @@ class BaseSection(_Section):
     Args:
         model_name_or_path (`str`): a Hub id, or a folder relative to the CONFIG file.
         revision (`str`, *optional*): branch, tag or commit on the Hub; the commit found is pinned in the plan.
+        freeze (`list[str]`, *optional*): modules that are not trained, by the beginning of their names in the model,
+            such as `model.vision_tower`.
     """
 
     model_name_or_path: str
     revision: str | None = None
+    freeze: list[str] = []
 
 
 class DatasetSection(_Section):
@@ -51,6 +54,8 @@ class DatasetSection(_Section):
         path (`str`): a Hub id, or a .json/.jsonl/.csv/.parquet file relative to the CONFIG file.
         config, split, revision (`str`, *optional*): as in `datasets.load_dataset`; split defaults to `"train"`.
         prompt, completion, messages, text (`str`, *optional*): the column that holds it, where its name differs.
+        images (`str`, *optional*): the column that holds a row's image or images. Default: `images` or `image`, where
+            there is one and the base reads images.
         chat (`bool`, *optional*, defaults to `False`): wrap plain prompt and completion strings as a user and an
             assistant turn, so that the chat template applies. TRL trains plain strings without a template.
         tag (`str`, *optional*): a label; `plan.split: by_tag` groups by it.
@@ -71,6 +76,7 @@ class DatasetSection(_Section):
     completion: str | None = None
     messages: str | None = None
     text: str | None = None
+    images: str | None = None
     chat: bool = False
     tag: str | None = None
     eval_path: str | None = None
@@ -283,6 +289,11 @@ class MeritConfig(_Section):
         untagged = [dataset.name for dataset in self.datasets if dataset.tag is None]
         if self.plan.split == "by_tag" and untagged:
             raise ConfigError(f"{source}: plan.split=by_tag, but dataset `{untagged[0]}` has no `tag`. Give it one.")
+        if self.peft is not None and self.base.freeze:
+            raise ConfigError(
+                f"{source}: base.freeze={self.base.freeze} with `peft:`, which trains nothing of the base. Leave "
+                "base.freeze out, and keep adapters off modules with peft.exclude_modules."
+            )
         if self.peft is None and self.merge.adapters != "dense":
             raise ConfigError(
                 f"{source}: merge.adapters={self.merge.adapters}, but without `peft:` the groups are whole models. "

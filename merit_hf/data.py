@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from merit_hf.choices import part_of, whole_name
 from merit_hf.config import REASONING_GYM, ConfigError, DatasetSection
 from merit_hf.hub import HTTPError, HubUnavailableError, arrived_whole, is_unavailable, pin_revision
+from merit_hf.images import IMAGES, image_column, image_digests, undecoded, with_images
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # What `datasets.load_dataset` takes for a file format, and would then read the files of the current folder.
@@ -42,8 +44,9 @@ class LoadedDataset:
         train, eval: rows to train on and held-out rows (None where there are none). Held-out rows also keep a column
             `metadata` where the dataset's metric reads it.
         format: TRL's name of the format, such as `conversational prompt-completion`.
-        fingerprint: sha256 over the canonical JSON of the train rows.
+        fingerprint: sha256 over the canonical JSON of the train rows, in which an image is the sha256 of its file.
         repo_id, revision: on the Hub; None for a local file.
+        images: the column of the file or repo that became `images`; None where the rows have none.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LoadedDataset:
     fingerprint: str
     repo_id: str | None
     revision: str | None
+    images: str | None = None
 
 
 def is_local(path: str, root: Path) -> bool:
@@ -60,19 +64,35 @@ def is_local(path: str, root: Path) -> bool:
     return (root / path).exists() or Path(path).suffix in _LOADERS or path.startswith((".", "/", "~"))
 
 
-def load_rows(spec: DatasetSection, root: Path, text_field: str = "text") -> LoadedDataset:
+def load_rows(
+    spec: DatasetSection, root: Path, text_field: str = "text", takes_images: Callable[[], bool] = lambda: False
+) -> LoadedDataset:
     """Read one dataset, keep and name its columns as TRL expects, and hold rows out.
+
+    Args:
+        takes_images: whether the base reads images. Without it, only a column that `spec.images` names is one of
+            images; a plan's entries name it.
 
     Raises:
         ConfigError: no such file or repo, a column that is not there, a format TRL does not know.
     """
     local = is_local(spec.path, root)
     revision = None if local else pin_revision(spec.path, spec.revision, repo_type="dataset", where=spec.name)
-    train = _columns(_read(spec, spec.path, spec.split, root, revision), spec, text_field)
+
+    def read(path: str, split: str, commit: str | None) -> tuple[datasets.Dataset, str | None]:
+        rows = _read(spec, path, split, root, commit)
+        images = image_column(rows.column_names, spec.images, takes_images, f"datasets.{spec.name}") if rows else None
+        rows = _columns(rows, spec, text_field, images)
+        if images is None:
+            return rows, None
+        folder = (root / path).expanduser().parent if is_local(path, root) else None
+        return with_images(rows, images, folder, f"datasets.{spec.name}"), images
+
+    train, images = read(spec.path, spec.split, revision)
     if spec.eval_path is not None:
-        held_out = _columns(_read(spec, spec.eval_path, spec.eval_split or spec.split, root, None), spec, text_field)
+        held_out = read(spec.eval_path, spec.eval_split or spec.split, None)[0]
     elif spec.eval_split is not None:
-        held_out = _columns(_read(spec, spec.path, spec.eval_split, root, revision), spec, text_field)
+        held_out = read(spec.path, spec.eval_split, revision)[0]
     else:
         train, held_out = hold_out(train, spec.eval_fraction, whole_name(spec.name, spec.part))
     if spec.part is not None:
@@ -90,6 +110,7 @@ def load_rows(spec: DatasetSection, root: Path, text_field: str = "text") -> Loa
         fingerprint=fingerprint(train),
         repo_id=None if local else spec.path,
         revision=revision,
+        images=images,
     )
 
 
@@ -115,9 +136,11 @@ def seed_of(*parts: object) -> int:
 
 
 def fingerprint(rows: datasets.Dataset) -> str:
-    """sha256 over the rows' canonical JSON, one line a row, in order."""
+    """sha256 over the rows' canonical JSON, one line a row, in order; an image is the sha256 of its file."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in undecoded(rows):
+        if IMAGES in row:
+            row = {**row, IMAGES: image_digests(row[IMAGES])}
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str).encode())
         digest.update(b"\n")
     return digest.hexdigest()
@@ -125,7 +148,7 @@ def fingerprint(rows: datasets.Dataset) -> str:
 
 def format_name(rows: datasets.Dataset) -> str:
     """TRL's name for the rows' format, read from the first row as TRL does."""
-    first = rows[0]
+    first = next(undecoded(rows))
     kind = "prompt-completion" if "prompt" in first else "language modeling"
     value = first.get("prompt", first.get("messages", first.get("conversations")))
     return f"conversational {kind}" if isinstance(value, list) else kind
@@ -138,8 +161,9 @@ class TokenCounts:
     Attributes:
         input_tokens, loss_tokens: int64 arrays, one entry a row. A sequence's first token bears no loss, since nothing
             predicts it.
-        digest: sum modulo 2²⁵⁶ of every sequence's sha256 over input_ids and labels, so that it does not depend on the
-            order of the sequences and that a group's digest is the sum of its datasets'.
+        digest: sum modulo 2²⁵⁶ of every sequence's sha256 over input_ids, labels and the hashes of its images,
+            so that it does not depend on the order of the sequences and that a group's digest is the sum of its
+            datasets'.
     """
 
     input_tokens: np.ndarray
@@ -162,15 +186,18 @@ class TokenCounts:
 def count_tokens(rows: datasets.Dataset) -> TokenCounts:
     """Count and digest tokenised rows (`input_ids`, `labels`, and `seq_lengths` where several are packed in a row)."""
     input_tokens, loss_tokens, digest = [], [], 0
-    for row in rows:
+    for row in undecoded(rows):
         ids = np.asarray(row["input_ids"], dtype=np.int64)
         labels = np.asarray(row["labels"], dtype=np.int64)
+        seen = "".join(image_digests(row.get(IMAGES) or [])).encode()
         row_loss = 0
         start = 0
         for length in row.get("seq_lengths") or [len(ids)]:
             piece_ids, piece_labels = ids[start : start + length], labels[start : start + length]
             row_loss += int((piece_labels[1:] != -100).sum())
-            digest += int.from_bytes(hashlib.sha256(piece_ids.tobytes() + piece_labels.tobytes()).digest(), "big")
+            digest += int.from_bytes(
+                hashlib.sha256(piece_ids.tobytes() + piece_labels.tobytes() + seen).digest(), "big"
+            )
             start += length
         input_tokens.append(len(ids))
         loss_tokens.append(row_loss)
@@ -251,8 +278,8 @@ def _csv_header(file: Path) -> list[str]:
         return next(csv.reader(lines))
 
 
-def _columns(rows: datasets.Dataset, spec: DatasetSection, text_field: str) -> datasets.Dataset:
-    """Only the columns TRL reads, under TRL's names."""
+def _columns(rows: datasets.Dataset, spec: DatasetSection, text_field: str, images: str | None) -> datasets.Dataset:
+    """Only the columns TRL reads, under TRL's names, and the column of the images."""
     if not rows.column_names:
         return rows
     found = rows.column_names
@@ -275,7 +302,8 @@ def _columns(rows: datasets.Dataset, spec: DatasetSection, text_field: str) -> d
     if "text" in mapping:
         mapping[text_field] = mapping.pop("text")
     wanted = (*_EXTRA, METADATA) if (spec.metric or "").startswith(REASONING_GYM) else _EXTRA
-    extra = [column for column in wanted if column in found and column not in mapping.values()]
+    extra = [column for column in (*wanted, *([images] if images else ())) if column in found]
+    extra = [column for column in extra if column not in mapping.values()]
     rows = rows.select_columns([*mapping.values(), *extra])
     rows = rows.rename_columns({column: target for target, column in mapping.items() if column != target})
     return rows.map(_as_chat, desc=None) if spec.chat and "prompt" in mapping else rows

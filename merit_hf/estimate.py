@@ -14,9 +14,11 @@ from trl import SFTConfig, SFTTrainer
 
 from merit_hf.config import MeritConfig, MeritError
 from merit_hf.data import count_tokens, seed_of
-from merit_hf.gradients import batch_by_tokens, sample_indices, trained_parameters
+from merit_hf.gradients import GradientSettings, batch_by_tokens, sample_indices, trained_parameters
 from merit_hf.groups import GRADIENT_SPLITS
 from merit_hf.hub import resolve_model
+from merit_hf.loss import loss_sum
+from merit_hf.memory import estimate_memory
 from merit_hf.mixture import read_mixture
 from merit_hf.progress import Progress
 from merit_hf.sft import (
@@ -26,12 +28,12 @@ from merit_hf.sft import (
     identity_fields,
     load_model,
     load_tokenizer,
-    loss_sum,
     open_loss,
     take_chat_template,
     tokenize_rows,
 )
 from merit_hf.sketch import make_sketch
+from merit_hf.vision import takes_images
 
 # Rows of a dataset that are tokenised, and seconds of forward and backward: enough for a figure, over in seconds.
 _NUM_ROWS, _PROBE_SECONDS = 64, 5.0
@@ -83,11 +85,11 @@ def estimate_plan(config: MeritConfig, progress: Progress | None = None) -> Esti
     sft, chat_template = take_chat_template(config.sft, config.root)
     args = build_args(sft)
     check_trainable(args, config.peft)
-    loaded, _ = read_mixture(config.datasets, config.root, args, progress)
     section = config.base
     folder, _, _ = resolve_model(section.model_name_or_path, section.revision, config.root, "base.model_name_or_path")
-    tokenizer = load_tokenizer(folder, chat_template)
-    model = load_model(folder, args, config.peft)
+    loaded, _ = read_mixture(config.datasets, config.root, args, progress, lambda: takes_images(folder))
+    tokenizer = load_tokenizer(folder, chat_template, any(dataset.images for dataset in loaded))
+    model = load_model(folder, args, config.peft, config.base.freeze)
     samples, tokens, sampled = [], [], []
     largest = config.plan.max_num_samples if config.plan.num_samples == "auto" else config.plan.num_samples
     with progress.stage("Tokenising a sample", total=len(loaded)) as stage:
@@ -137,6 +139,11 @@ def _estimate(
 ) -> Estimate:
     parameters = list(model.parameters())
     trained = trained_parameters(model)
+    settings = GradientSettings(
+        config.plan.tokens_per_batch, config.plan.low_memory or False, config.plan.gradient_checkpointing
+    )
+    # At most all tokens of a batch bear a loss.
+    memory = estimate_memory(model, settings.tokens_per_batch, settings.tokens_per_batch, settings)
     total, num_trained = sum(p.numel() for p in parameters), sum(p.numel() for _, p in trained)
     needs_gradients = config.plan.split in GRADIENT_SPLITS
     batch = int(identity_fields(args)["effective_batch_size"])
@@ -163,8 +170,8 @@ def _estimate(
         probe_tokens=probed,
         device=str(args.device),
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        gradient_bytes=sum(p.numel() * p.element_size() for _, p in trained),
-        activation_bytes=_activation_bytes(model, config.plan.tokens_per_batch),
+        gradient_bytes=memory.gradients,
+        activation_bytes=memory.activations + memory.logits,
         plan_bytes=2 * 4 * len(examples) * sketch.dim if needs_gradients else 0,
         checkpoint_bytes=config.num_groups * saved,
         group_tokens=group_tokens,
@@ -172,16 +179,6 @@ def _estimate(
         # own gradients 2 more of those that are trained: the usual 6 where all are.
         group_flop=[count * (4.0 * total + 2.0 * num_trained) for count in group_tokens],
     )
-
-
-def _activation_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """About what a backward keeps of `tokens` tokens: 34 numbers of a layer's width at two bytes each in mixed
-    precision (Korthikanti et al., 2022, without attention scores), and the logits with their gradient in float32.
-    """
-    text = model.config.get_text_config()
-    width = next(model.parameters()).element_size() / 2
-    layers = text.num_hidden_layers * text.hidden_size * 34 * width
-    return int(tokens * (layers + 2 * 4 * text.vocab_size))
 
 
 def estimate_lines(estimate: Estimate, teraflops: float) -> list[str]:

@@ -37,6 +37,7 @@ from merit_hf.resolved import first_difference, local_settings, published_config
 from merit_hf.sft import build_args, group_steps, identity_fields, load_model, load_tokenizer
 from merit_hf.tables import MAX_ALL_PAIRS, ConflictPairs, all_pairs_matrix, extend_pairs
 from merit_hf.versions import library_versions
+from merit_hf.vision import takes_images
 from merit_hf.workers import Worker
 
 MODES = ("project", "refit")
@@ -157,9 +158,17 @@ class _Projection:
             raise MeritError(
                 f"this TRL resolves the plan's settings otherwise ({different}). Use the plan's versions."
             )
-        tokenizer = load_tokenizer(self.folder, plan.base.get("chat_template"))
+        tokenizer = load_tokenizer(self.folder, plan.base.get("chat_template"), plan.has_images)
         check_template(plan, tokenizer, "the plan's base")
-        loaded, skipped = read_mixture(self.config.datasets, self.config.root, args, self.progress)
+        loaded, skipped = read_mixture(
+            self.config.datasets, self.config.root, args, self.progress, lambda: takes_images(self.folder)
+        )
+        pictured = [dataset.name for dataset in loaded if dataset.images]
+        if pictured and not plan.has_images:
+            raise ConfigError(
+                f"dataset `{pictured[0]}` holds images, and the plan was made without the base's image processor. Use "
+                "--mode refit, or leave it out."
+            )
         inputs = canonical_sha256(
             {
                 "parent": plan.sha256,
@@ -176,14 +185,14 @@ class _Projection:
             shutil.rmtree(part, ignore_errors=True)
             return finished
         (part / "gradients").mkdir(parents=True, exist_ok=True)
-        model = load_model(self.folder, args, self.config.peft)
+        model = load_model(self.folder, args, self.config.peft, plan.base.get("freeze", ()))
         prepared, dropped = prepare_mixture(loaded, model, tokenizer, args, self.progress)
         if not prepared:
             raise ConfigError(f"no new dataset can be trained on ({'; '.join((skipped | dropped).values())}).")
         peft = model_settings(model) or {}
         readouts, seconds = measure_gradients(
             prepared, model, tokenizer, args, self.config.plan, plan.base["weights_sha256"], part / "gradients",
-            Worker(), self.progress, peft,
+            Worker(), self.progress, peft, self.config.root, plan.base.get("freeze", ()),
         )  # fmt: skip
         matrix_start = time.monotonic()
         extended, sketches, pairs = self._extended(prepared, readouts, model, tokenizer, args)

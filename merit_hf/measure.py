@@ -73,11 +73,14 @@ def measure_gradients(
     progress: Progress,
     peft: dict[str, Any] | None = None,
     root: Path = Path(),
+    freeze: Sequence[str] = (),
 ) -> tuple[list[GradientReadout], float]:
     """The read-out of every dataset, in order, and the seconds this call took.
 
     With a fresh adapter on the model the gradients are the adapter's: A's are exactly zero, since B is, and B's are a
     random projection of the dense ones by A, which `sft.seed` draws and which is the same for every dataset.
+
+    `freeze` names the modules that do not train (see [`load_model`]).
 
     Read-outs in `folder` from an earlier try are kept where base, tokens, loss and read-out are the same. Several
     workers of one launch share the rest; each returns when all are done. `folder` exists until the plan is finished.
@@ -97,7 +100,7 @@ def measure_gradients(
     jobs = [
         _Job(d.name, d.counts.num_input_tokens, _sample(d, section), readout_path(folder, d.name), key)
         for d in prepared
-        for key in [_key(d, args, section, weights_sha256, peft, moments)]
+        for key in [_key(d, args, section, weights_sha256, peft, moments, freeze)]
     ]
     missing = [job for job in jobs if job.load() is None]
     if len(missing) < len(jobs):
@@ -180,7 +183,8 @@ def keep_readouts(
             continue
         index, planned = rows[dataset.name]
         check_against_plan(dataset, planned)
-        key = _key(dataset, args, section, parent.base["weights_sha256"], peft, moments)
+        base = parent.base
+        key = _key(dataset, args, section, base["weights_sha256"], peft, moments, base.get("freeze", ()))
         path = readout_path(folder, dataset.name)
         if load_readout(path, key) is None:
             assert planned.gradient_norm is not None
@@ -290,6 +294,7 @@ def _key(
     weights_sha256: str,
     peft: dict[str, Any] | None,
     moments: dict[str, Any],
+    freeze: Sequence[str],
 ) -> str:
     return canonical_sha256(
         {
@@ -302,6 +307,7 @@ def _key(
             ),
             **({"peft": peft, "seed": args.seed} if peft else {}),
             **moments,
+            **({"freeze": freeze} if freeze else {}),
         }
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,13 @@ class PreparedDataset:
 
 
 def read_mixture(
-    specs: Sequence[DatasetSection], root: Path, args: SFTConfig, progress: Progress
+    specs: Sequence[DatasetSection],
+    root: Path,
+    args: SFTConfig,
+    progress: Progress,
+    takes_images: Callable[[], bool] = lambda: False,
 ) -> tuple[list[LoadedDataset], dict[str, str]]:
-    """Read every dataset, sorted by name, before any model is loaded.
+    """Read every dataset, sorted by name, before any model is loaded. `takes_images`: see [`load_rows`].
 
     Returns:
         The datasets that hold rows, and {name: reason} of those left out.
@@ -51,7 +55,7 @@ def read_mixture(
     with progress.stage("Reading datasets", total=len(specs)) as stage:
         for number, spec in enumerate(sorted(specs, key=lambda spec: spec.name), 1):
             stage.item(f"{spec.name} ({number} of {len(specs)})")
-            dataset = load_rows(spec, root, args.dataset_text_field)
+            dataset = load_rows(spec, root, args.dataset_text_field, takes_images)
             stage.advance()
             if not len(dataset.train):
                 skipped[spec.name] = "it has no rows"
@@ -66,6 +70,43 @@ def read_mixture(
     if not loaded:
         raise ConfigError("no dataset has any rows. Check `path` and `split` of the datasets.")
     return loaded, skipped
+
+
+def check_images(loaded: Sequence[LoadedDataset], args: SFTConfig) -> None:
+    """What TRL's vision collator needs of settings and data, told before anything is tokenised.
+
+    Raises:
+        ConfigError: a setting that would cut or pack sequences with images; data that is no chat, or of two forms.
+    """
+    first = next(dataset for dataset in loaded if dataset.images)
+    where = f"dataset `{first.name}` holds images (column `{first.images}`)"
+    if args.max_length is not None:
+        raise ConfigError(
+            f"sft.max_length={args.max_length}, but {where}, and a cut would part an image from its tokens. Set "
+            "sft.max_length=null (left out, it is TRL's 1024), and leave examples that are too long out of the data."
+        )
+    for field, value in {"packing": False, "padding_free": False, "pad_to_multiple_of": None}.items():
+        if getattr(args, field) != value:
+            raise ConfigError(
+                f"sft.{field}={getattr(args, field)}, but {where}, and TRL cannot do that there. Leave it out."
+            )
+    for dataset in loaded:
+        if not dataset.format.startswith("conversational"):
+            raise ConfigError(
+                f"dataset `{dataset.name}` is plain {dataset.format}, but {where}: TRL ends plain text with no end "
+                f"token beside images. Set datasets.{dataset.name}.chat=true, or give messages."
+            )
+        if dataset.format != first.format:
+            raise ConfigError(
+                f"dataset `{dataset.name}` is {dataset.format}, but {where} and is {first.format}: TRL collates one "
+                "form in a batch. Bring all datasets into one: prompt and completion, or messages."
+            )
+        extra = sorted({"tools", "chat_template_kwargs"} & set(dataset.train.column_names))
+        if extra:
+            raise ConfigError(
+                f"dataset `{dataset.name}` has the column `{extra[0]}`, but {where}: TRL does not read it there. "
+                "Leave it out."
+            )
 
 
 def prepare_dataset(

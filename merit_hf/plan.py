@@ -45,7 +45,7 @@ class PartitionPlan:
 
     Attributes:
         config: CONFIG as resolved, without local paths.
-        base: repo_id, revision, weights_sha256, chat_template_sha256, dtype.
+        base: repo_id, revision, weights_sha256, chat_template_sha256, dtype; `freeze` where modules are not trained.
         datasets: sorted by name.
         groups: 0 … K−1.
         sft: the identity fields of the SFT settings.
@@ -141,6 +141,16 @@ class PartitionPlan:
         if self.sft["max_steps"] <= 0:
             return self.sft
         return {**self.sft, "max_steps": self.group(number).num_steps}
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a dataset holds images: all of the mixture then goes through the base's processor."""
+        return any(entry.get("images") for entry in self.config["datasets"])
+
+    def sees_images(self, number: int) -> bool:
+        """Whether a dataset of the group holds images."""
+        members = self.group(number).datasets
+        return any(entry.get("images") for entry in self.config["datasets"] if entry["name"] in members)
 
     def base_folder(self) -> Path:
         """The base on this machine: where it was planned from, or the pinned commit from the Hub.
@@ -383,7 +393,8 @@ def group_identity(
     """group_sha256: base weights, chat template, the members' data, the identity fields of the SFT settings, LoRA."""
     return canonical_sha256(
         {
-            "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256")},
+            # Where nothing is frozen, the identity is the one from before anything could be.
+            "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256", "freeze") if key in base},
             "datasets": [
                 {
                     "name": member.name,

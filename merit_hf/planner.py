@@ -10,6 +10,7 @@ Started by `accelerate launch` or `torchrun`, the processes share the datasets b
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import time
@@ -33,7 +34,7 @@ from merit_hf.gradients import trained_parameters
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups, split_datasets
 from merit_hf.hub import resolve_model
 from merit_hf.measure import keep_readouts, measure_gradients
-from merit_hf.mixture import PreparedDataset, prepare_mixture, read_mixture
+from merit_hf.mixture import PreparedDataset, check_images, prepare_mixture, read_mixture
 from merit_hf.oversized import planned_parts, with_parts
 from merit_hf.plan import PartitionPlan, PlannedDataset, canonical_sha256
 from merit_hf.progress import Progress
@@ -55,6 +56,7 @@ from merit_hf.split_inputs import cut_oversized, given_affinity, plan_inputs, te
 from merit_hf.tables import ConflictPairs
 from merit_hf.trust import assess
 from merit_hf.versions import library_versions
+from merit_hf.vision import takes_images
 from merit_hf.workers import Worker, check_processes
 
 
@@ -131,11 +133,11 @@ class MeritPlanner:
         if self.config.peft is not None:
             # A field that is not supported is told before anything is read.
             lora_config(self.config.peft)
-        loaded, skipped = read_mixture(self.config.datasets, self.config.root, args, self.progress)
+        loaded, skipped = self._read(args)
         self._check_group_count(len(loaded), skipped)
         # A matrix that does not fit is told before any model is loaded.
         given_affinity(self.config, [dataset.name for dataset in loaded])
-        folder, base, tokenizer = self._resolve_base(chat_template)
+        folder, base, tokenizer = self._resolve_base(chat_template, any(dataset.images for dataset in loaded))
         inputs = self._inputs(base, args, loaded)
         if output.exists():
             finished = _finished(output, canonical_sha256(inputs), self.config, folder)
@@ -146,7 +148,7 @@ class MeritPlanner:
         if self.worker.is_main:
             (part / "gradients").mkdir(parents=True, exist_ok=True)
 
-        model = load_model(folder, args, self.config.peft)
+        model = load_model(folder, args, self.config.peft, base.get("freeze", ()))
         peft = model_settings(model) or {}
         prepared, dropped = prepare_mixture(loaded, model, tokenizer, args, self.progress)
         self._check_group_count(len(prepared), skipped | dropped)
@@ -231,12 +233,33 @@ class MeritPlanner:
                 f"Set plan.num_groups to {num_datasets} or less."
             )
 
-    def _resolve_base(self, chat_template: str | None) -> tuple[Path, dict[str, Any], PreTrainedTokenizerBase]:
+    def _read(self, args: SFTConfig) -> tuple[list[LoadedDataset], dict[str, str]]:
+        """The datasets; CONFIG then names the columns of images that were found, so that the plan does."""
+        takes = functools.cache(lambda: takes_images(self._locate_base()[0]))
+        loaded, skipped = read_mixture(self.config.datasets, self.config.root, args, self.progress, takes)
+        found = {dataset.name: dataset.images for dataset in loaded if dataset.images}
+        if found and not takes():
+            name, column = next(iter(found.items()))
+            raise ConfigError(
+                f"datasets.{name}.images={column!r}, but the base {self.config.base.model_name_or_path} reads no "
+                "images. Give a base that does (image-text-to-text), or leave `images` out to train on the text alone."
+            )
+        if found:
+            check_images(loaded, args)
+            entries = [s.model_copy(update={"images": found.get(s.name, s.images)}) for s in self.config.datasets]
+            self.config = self.config.model_copy(update={"datasets": entries})
+        return loaded, skipped
+
+    def _locate_base(self) -> tuple[Path, str | None, str | None]:
         section = self.config.base
-        folder, repo_id, revision = resolve_model(
-            section.model_name_or_path, section.revision, self.config.root, "base.model_name_or_path"
-        )
-        tokenizer = load_tokenizer(folder, chat_template)
+        return resolve_model(section.model_name_or_path, section.revision, self.config.root, "base.model_name_or_path")
+
+    def _resolve_base(
+        self, chat_template: str | None, images: bool
+    ) -> tuple[Path, dict[str, Any], PreTrainedTokenizerBase]:
+        folder, repo_id, revision = self._locate_base()
+        tokenizer = load_tokenizer(folder, chat_template, images)
+        freeze = sorted(set(self.config.base.freeze))
         base = {
             "repo_id": repo_id,
             "revision": revision,
@@ -244,13 +267,14 @@ class MeritPlanner:
             "chat_template_sha256": chat_template_sha256(tokenizer),
             "chat_template": chat_template,
             "dtypes": sorted({info.dtype for info in read_tensor_index(folder).values()}),
+            **({"freeze": freeze} if freeze else {}),
         }
         return folder, base, tokenizer
 
     def _inputs(self, base: dict[str, Any], args: SFTConfig, loaded: Sequence[LoadedDataset]) -> dict[str, Any]:
         """What determines the plan; two calls with equal inputs make the same plan."""
         return {
-            "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256")},
+            "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256", "freeze") if key in base},
             "datasets": {dataset.name: dataset.fingerprint for dataset in loaded},
             "tags": {spec.name: spec.tag for spec in self.config.datasets},
             "plan": plan_inputs(self.config),
@@ -289,6 +313,7 @@ class MeritPlanner:
             self.progress,
             peft,
             self.config.root,
+            base.get("freeze", ()),
         )
 
     def planned_datasets(

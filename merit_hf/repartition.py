@@ -73,8 +73,10 @@ class _Repartitioner(MeritPlanner):
         super().__init__(config, progress)
         self.source = plan
 
-    def _resolve_base(self, chat_template: str | None) -> tuple[Path, dict[str, Any], PreTrainedTokenizerBase]:
-        folder, base, tokenizer = super()._resolve_base(self.source.base["chat_template"])
+    def _resolve_base(
+        self, chat_template: str | None, images: bool
+    ) -> tuple[Path, dict[str, Any], PreTrainedTokenizerBase]:
+        folder, base, tokenizer = super()._resolve_base(self.source.base["chat_template"], images)
         for key in ("weights_sha256", "chat_template_sha256"):
             if base[key] != self.source.base[key]:
                 raise MeritError(

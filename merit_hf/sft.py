@@ -11,17 +11,17 @@ import dataclasses
 import enum
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +34,16 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import repo_of_snapshot
 from merit_hf.identity import BATCH_FIELDS as BATCH_FIELDS
 from merit_hf.identity import IDENTITY_FIELDS as IDENTITY_FIELDS
+from merit_hf.images import IMAGES
+from merit_hf.vision import (
+    auto_class,
+    collated_tokens,
+    freeze_modules,
+    is_processor,
+    load_processor,
+    read_row,
+    vision_rows,
+)
 
 _FLOATS = tuple(
     f.name for f in dataclasses.fields(SFTConfig) if f.name in IDENTITY_FIELDS and f.type in (float, "float")
@@ -129,10 +139,17 @@ def take_chat_template(sft: Mapping[str, Any], root: Path) -> tuple[dict[str, An
     return rest, file.read_text(encoding="utf-8")
 
 
-def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with `chat_template` in place of its own where one is given."""
+def load_tokenizer(
+    folder: str | Path, chat_template: str | None = None, images: bool = False
+) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with `chat_template` in place of its own where one is given.
+
+    Where the mixture holds `images`, its processor, which TRL takes in the tokenizer's place.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = (
+            load_processor(folder) if images else AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        )
     except (OSError, ValueError) as error:
         raise MeritError(f"{folder}: no tokenizer can be loaded from the base: {_one_line(error)}") from error
     if chat_template is not None:
@@ -141,14 +158,19 @@ def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> PreT
 
 
 def load_model(
-    folder: str | Path, args: SFTConfig | None = None, peft: Mapping[str, Any] | None = None
+    folder: str | Path,
+    args: SFTConfig | None = None,
+    peft: Mapping[str, Any] | None = None,
+    freeze: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """The base as a causal language model, its weights in float32 unless `sft.model_init_kwargs` says otherwise.
+    """The base as a causal language model, or one that also reads images where it is one; its weights in float32
+    unless `sft.model_init_kwargs` says otherwise.
 
-    With `peft`, a `PeftModel` of it with a fresh adapter drawn from `sft.seed`; only the adapter trains then.
+    With `peft`, a `PeftModel` of it with a fresh adapter drawn from `sft.seed`; only the adapter trains then. The
+    modules at the prefixes in `freeze` do not train.
 
     Raises:
-        ConfigError: `peft` does not fit the model.
+        ConfigError: `peft` or `freeze` does not fit the model.
         MeritError: it cannot be loaded, or not quantised as asked on this machine.
     """
     kwargs = _init_kwargs(args)
@@ -157,6 +179,8 @@ def load_model(
     kwargs["trust_remote_code"] = _trusts(Path(folder), kwargs.get("trust_remote_code"))
     load = _load_quantized if kwargs.get("quantization_config") is not None else _load
     model = load(folder, kwargs)
+    if freeze:
+        freeze_modules(model, freeze)
     return model if peft is None else add_adapter(model, peft, SFTConfig.seed if args is None else args.seed)
 
 
@@ -196,7 +220,7 @@ def _init_kwargs(args: SFTConfig | None) -> dict[str, Any]:
 
 def _load(folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
+        return auto_class(folder).from_pretrained(str(folder), **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise MeritError(f"{folder}: the model cannot be loaded: {_one_line(error)}") from error
 
@@ -205,7 +229,7 @@ def _load_quantized(folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedMod
     """Quantised as asked or not at all: never a silent step back to full weights."""
     cure = "Install what it needs (`pip install 'merit_hf[qlora]'`), run where it can, or leave it out."
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
+        model = auto_class(folder).from_pretrained(str(folder), **kwargs)
     except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
         raise MeritError(f"{_QUANTIZATION}: {folder} cannot be quantised here: {_one_line(error)} {cure}") from error
     if getattr(model, "hf_quantizer", None) is None:
@@ -225,8 +249,9 @@ def open_trainer(
 
     Each SFTTrainer wraps the forward of the one before it, so that hundreds of them on one model would recurse.
     """
-    # Tokenised rows carry their labels; TRL would look for the chat they came from.
-    masked = {"assistant_only_loss": False} if "input_ids" in train_dataset.column_names else {}
+    # Tokenised rows carry their labels; TRL would look for the chat they came from. Rows with images still have it.
+    tokenised = "input_ids" in train_dataset.column_names and IMAGES not in train_dataset.column_names
+    masked = {"assistant_only_loss": False} if tokenised else {}
     try:
         with _replaced(args, **masked):
             trainer = SFTTrainer(model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
@@ -261,7 +286,8 @@ class TokenizedRows:
     """The examples SFT trains on, in order.
 
     Attributes:
-        rows: columns `input_ids` and `labels` (-100 where a token bears no loss).
+        rows: columns `input_ids` and `labels` (-100 where a token bears no loss); beside them, in a mixture with
+            images, those that TRL's vision collator reads.
         num_dropped: examples that TRL left out because truncation left no loss token.
         num_truncated: kept examples that lost tokens to `max_length`.
         indices: where in the rows that were given each kept one stood.
@@ -280,6 +306,13 @@ def tokenize_rows(
 
     `model` is only what SFTTrainer's constructor asks for; its weights are not used.
     """
+    if is_processor(tokenizer):
+        ready = vision_rows(rows, tokenizer)
+        # SFTTrainer's constructor reads it too, and says nothing of where it stands.
+        read_row(ready, 0)
+        with open_trainer(model, tokenizer, args, ready) as trainer:
+            ready = collated_tokens(trainer.data_collator, ready)
+        return TokenizedRows(ready, 0, 0, list(range(len(ready))))
     whole = _prepared(model, tokenizer, args, rows, max_length=None)
     # Strategies that split long sequences over rows keep every token, so there is nothing to truncate.
     if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):
@@ -304,8 +337,9 @@ def training_rows(
 
 def collate(trainer: SFTTrainer, rows: datasets.Dataset, indices: list[int]) -> dict[str, torch.Tensor]:
     """The rows at `indices` as the batch that TRL's collator makes of them, on the model's device."""
+    # Every read makes new objects, so what TRL's vision collator changes in them is not kept anywhere.
     batch = trainer.data_collator([rows[index] for index in indices])
-    return {key: value.to(trainer.args.device) for key, value in batch.items()}
+    return {key: send_to_device(value, trainer.args.device) for key, value in batch.items()}
 
 
 def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:

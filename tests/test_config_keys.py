@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from hub_server import HubServer
+from PIL import Image
 from safetensors.torch import load_file
 from test_group_merge import finish_group
 from test_group_merge import make_plan as make_groups_plan
@@ -147,6 +148,7 @@ PLAN_CASES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "datasets.path": ((), "datasets.copy.path=data/reverse.jsonl", "sha256"),
     "datasets.tag": (("plan.split=by_tag", "plan.num_groups=null"), "datasets.copy.tag=z", "groups"),
     "datasets.eval_fraction": ((), "datasets.copy.eval_fraction=0.5", "sha256"),
+    "base.freeze": ((), "base.freeze=[model.layers.0]", "sketches"),
     "base.model_name_or_path": ((), "base.model_name_or_path=OTHER", "sha256"),
 }
 
@@ -168,7 +170,7 @@ PAIRS = task_rows("copy", 8)
 COLUMNS = [
     {"prompt": r["prompt"], "completion": r["completion"], "ask": r["prompt"] + "?", "answer": r["completion"] + "!",
      "chat": [{"role": "user", "content": r["prompt"]}], "messages": [{"role": "user", "content": "x"}],
-     "text": r["prompt"], "body": r["completion"]}
+     "text": r["prompt"], "body": r["completion"], "picture": ["square.png"]}
     for r in PAIRS
 ]  # fmt: skip
 # key: (values of both, value of the second)
@@ -177,6 +179,7 @@ ROW_CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "datasets.completion": ({"prompt": "prompt", "completion": "completion"}, "answer"),
     "datasets.messages": ({"messages": "messages"}, "chat"),
     "datasets.text": ({"text": "text"}, "body"),
+    "datasets.images": ({"prompt": "prompt", "completion": "completion"}, "picture"),
     "datasets.chat": ({"prompt": "prompt", "completion": "completion"}, True),
     "datasets.eval_path": ({}, "other.jsonl"),
     "datasets.part": ({"name": "set#1"}, "1/2"),
@@ -185,6 +188,7 @@ ROW_CASES: dict[str, tuple[dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize("key", ROW_CASES)
 def test_a_key_changes_the_rows(key: str, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "square.png")
     write_jsonl(tmp_path / "rows.jsonl", COLUMNS)
     write_jsonl(tmp_path / "other.jsonl", COLUMNS[:3])
     common, value = ROW_CASES[key]

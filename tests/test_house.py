@@ -48,6 +48,8 @@ ROAD = [
     "identity",
     "sharing.untrusted",
     "sharing.licences",
+    "images",
+    "vision",
     "adapters",
     "adapted",
     "sft",

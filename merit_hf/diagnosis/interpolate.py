@@ -20,6 +20,7 @@ from merit_hf.align import FLOATS
 from merit_hf.checkpoint import TensorInfo
 from merit_hf.config import MeritError
 from merit_hf.diagnosis.basin import Point
+from merit_hf.vision import saved_names
 
 _PIECE = 1 << 17  # elements: 1 MB in float64 for each checkpoint
 
@@ -39,7 +40,7 @@ class Mover:
     """A model, and the checkpoints whose weighted sums its weights are set to.
 
     Args:
-        model (`torch.nn.Module`): changed in place; its floating tensors carry the checkpoints' names.
+        model (`torch.nn.Module`): changed in place; its floating tensors are saved under the checkpoints' names.
         sources (`Mapping[str, TensorSource]`): by label, with the same names and shapes; `base` is one of them.
 
     Attributes:
@@ -52,7 +53,8 @@ class Mover:
     def __init__(self, model: torch.nn.Module, sources: Mapping[str, TensorSource]) -> None:
         self._sources = dict(sources)
         self._targets = _targets(model, self._sources["base"])
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        saved = saved_names(model)
+        self._parameters = {saved[name]: p for name, p in model.named_parameters(remove_duplicate=False)}
         self.names = sorted(self._targets)
         self.sizes = np.array([self._targets[name].numel() for name in self.names])
 
@@ -143,7 +145,8 @@ def holds_the_same_tensors(model: torch.nn.Module, base: TensorSource) -> bool:
 
 def _targets(model: torch.nn.Module, base: TensorSource) -> dict[str, torch.Tensor]:
     """The model's own floating tensors by name, a tied one under its first name."""
-    held = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    saved = saved_names(model)
+    held = {saved[name]: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     stored = {name for name, info in base.tensors.items() if info.dtype in FLOATS}
     places: dict[int, list[str]] = {}
     for name, tensor in held.items():

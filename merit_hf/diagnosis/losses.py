@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.data import LoadedDataset, seed_of
 from merit_hf.gradients import batch_by_tokens, sample_indices, trained_model
+from merit_hf.images import IMAGES, image_digests, undecoded
 from merit_hf.mixture import plan_specs, read_mixture
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress
@@ -35,7 +36,7 @@ class LossRows:
 
     Attributes:
         rows: columns `input_ids` and `labels`; every row has a loss token.
-        row_digests: sha256 over the tokens and labels of each row.
+        row_digests: sha256 over the tokens and labels of each row, and over the hashes of its images.
         spans: {dataset: slice of its rows}.
         num_loss_tokens: int64 [num_rows].
         lengths: tokens of each row.
@@ -55,7 +56,7 @@ class LossRows:
             start += len(part)
         rows = datasets.concatenate_datasets(list(parts.values()))
         counts = np.array([_num_loss_tokens(labels) for labels in rows["labels"]], dtype=np.int64)
-        digests = [hashlib.sha256(json.dumps([r["input_ids"], r["labels"]]).encode()).hexdigest() for r in rows]
+        digests = [_row_digest(row) for row in undecoded(rows)]
         return cls(rows, spans, counts, [len(ids) for ids in rows["input_ids"]], digests)
 
     def indices(self, names: Sequence[str]) -> list[int]:
@@ -222,16 +223,20 @@ def under_other_prompts(rows: datasets.Dataset) -> datasets.Dataset | None:
     """Every answer under the prompt of the next row; where prompts tell the answers, that costs loss.
 
     None where it means nothing: fewer than two rows, a row without a prompt or with loss tokens before its end, or
-    one prompt for all.
+    one prompt for all, images included.
     """
     ids, labels = list(rows["input_ids"]), list(rows["labels"])
+    if IMAGES in rows.column_names and "prompt" not in rows.column_names:
+        return None
     starts = [next((i for i, label in enumerate(row) if label != -100), 0) for row in labels]
     prompts = [tuple(row[:start]) for row, start in zip(ids, starts, strict=True)]
+    seen = [tuple(image_digests(row.get(IMAGES, []))) for row in undecoded(rows)]
+    distinct = set(zip(prompts, seen, strict=True))
     whole = all(-100 not in row[start:] for row, start in zip(labels, starts, strict=True))
-    if not whole or not all(starts) or len(set(prompts)) < 2:
+    if not whole or not all(starts) or len(distinct) < 2:
         return None
     others = [*prompts[1:], prompts[0]]
-    return datasets.Dataset.from_dict(
+    crossed = datasets.Dataset.from_dict(
         {
             "input_ids": [[*other, *row[start:]] for other, row, start in zip(others, ids, starts, strict=True)],
             "labels": [
@@ -239,6 +244,17 @@ def under_other_prompts(rows: datasets.Dataset) -> datasets.Dataset | None:
             ],
         }
     )
+    if IMAGES not in rows.column_names:
+        return crossed
+    # A prompt's images go with it; TRL's collator makes the tokens anew.
+    asked = rows.select([*range(1, len(rows)), 0]).select_columns(["prompt", IMAGES])
+    return datasets.concatenate_datasets([asked, rows.select_columns(["completion"]), crossed], axis=1)
+
+
+def _row_digest(row: Mapping[str, Any]) -> str:
+    parts = [row["input_ids"], row["labels"]]
+    parts += [image_digests(row[IMAGES])] if IMAGES in row else []
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _tokenise(

@@ -74,7 +74,7 @@ def probe(
     """
     args = build_args(float32_settings(plan))
     base = sources["base"].folder
-    tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
+    tokenizer = load_tokenizer(base, plan.base.get("chat_template"), plan.has_images)
     # Never quantised: adapters are moved in the space of the weights that they are merged into.
     model = load_checkpoint(base, base, args)
     held_out, training, skipped = read_loss_rows(plan, model, tokenizer, args, num_samples, progress)

@@ -75,7 +75,7 @@ def evaluate_models(
             read_tensor_index(folder)
     args = build_args(plan.config["sft"])
     base = plan.base_folder()
-    tokenizer, context = load_tokenizer(base, plan.base.get("chat_template")), _context(base)
+    tokenizer, context = load_tokenizer(base, plan.base.get("chat_template"), plan.has_images), _context(base)
     held_out = _held_out(plan, tokenizer, args, num_samples, generate, metrics or {}, context, progress)
     limit = max_new_tokens if generate else None
     cache = None if output is None else output / CACHE_NAME

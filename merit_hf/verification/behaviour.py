@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from merit_hf.sft import (
     open_loss,
 )
 from merit_hf.verification.checks import Check, compare, shorten
+from merit_hf.vision import text_tokenizer
 
 # Training and saving change these without changing what the weights mean.
 _LOOSE_CONFIG = {
@@ -46,9 +48,7 @@ def side_checks(plan: PartitionPlan, folder: Path, base: Path) -> list[Check]:
         # An adapter has no config of its own; the base's is used.
         pair = (base, folder if (folder / "config.json").exists() else base)
         ours, theirs = (_config(path) for path in pair)
-        changed = sorted(
-            key for key in (ours.keys() | theirs.keys()) - _LOOSE_CONFIG if ours.get(key) != theirs.get(key)
-        )
+        changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         expected = {key: ours.get(key) for key in changed[:3]} or "as the base's"
         found = {key: theirs.get(key) for key in changed[:3]} or "as the base's"
         checks.append(compare("model config", expected, found, not changed))
@@ -56,8 +56,8 @@ def side_checks(plan: PartitionPlan, folder: Path, base: Path) -> list[Check]:
         # The file is a stranger's, and the library answers nonsense in it with whatever it stumbles over.
         checks.append(Check("model config", "as the base's", shorten(str(error)), False))
     try:
-        tokenizer = load_tokenizer(folder)
-        same = _vocabulary(tokenizer) == _vocabulary(load_tokenizer(base))
+        tokenizer, base_tokenizer = (load_tokenizer(path, images=plan.has_images) for path in (folder, base))
+        same = _vocabulary(text_tokenizer(tokenizer)) == _vocabulary(text_tokenizer(base_tokenizer))
         template = chat_template_sha256(tokenizer)
     except Exception as error:
         return [*checks, Check("tokenizer", "as the base's", shorten(str(error)), False)]
@@ -69,7 +69,19 @@ def side_checks(plan: PartitionPlan, folder: Path, base: Path) -> list[Check]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return dict(AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict())
+    """Every setting that means something, by its dotted name: models of several parts have a config in the config."""
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict()
+    return dict(_settings(config, ""))
+
+
+def _settings(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if key in _LOOSE_CONFIG:
+            continue
+        if isinstance(value, Mapping) and value:
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def loss_check(
@@ -86,7 +98,7 @@ def loss_check(
     progress = progress or Progress()
     base = plan.base_folder()
     args = build_args(plan.config["sft"])
-    tokenizer = load_tokenizer(base, plan.base.get("chat_template"))
+    tokenizer = load_tokenizer(base, plan.base.get("chat_template"), plan.has_images)
     model = load_model(base, args)
     rows, trained_on = _sample_rows(plan, number, model, tokenizer, args, num_samples, progress)
     before = _losses(model, tokenizer, args, rows, progress, "base")

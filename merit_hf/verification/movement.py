@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Movement:
     """Δ = θ_k − θ0 of K checkpoints over T floating tensors.
 
     Attributes:
-        names: of the tensors. sizes: int64 [T], elements.
+        names: of the tensors. sizes: int64 [T], elements. frozen: bool [T], not to be trained.
         squares: float64 [K, T], ‖Δ‖². largest: float64 [K, T], max |Δ|.
         scale: float64 [T], max |θ0|. gram: float64 [K, K], inner products of the Δ.
         finite: bool [K]. dtypes: [K][T].
@@ -59,14 +59,18 @@ class Movement:
     gram: np.ndarray
     finite: np.ndarray
     dtypes: list[list[str]]
+    frozen: np.ndarray
 
 
-def measure_movement(base: Path, folders: Sequence[Path], file: str | None = None) -> Movement:
+def measure_movement(
+    base: Path, folders: Sequence[Path], file: str | None = None, frozen: Collection[str] = ()
+) -> Movement:
     """Read base and checkpoints once.
 
     Args:
         file: read just this file of every checkpoint, an adapter's. Its B factors start at zero and are what moves; of
             the A factors, whose random start is not stored, only finiteness is looked at.
+        frozen: tensors that the plan does not train.
     """
     origin = read_tensor_index(base) if file is None else {}
     indices = [read_tensor_index(folder, file) for folder in folders]
@@ -94,18 +98,24 @@ def measure_movement(base: Path, folders: Sequence[Path], file: str | None = Non
                     scale[column] = max(scale[column], float(at.abs().max()))
     sizes = np.array([indices[0][name].num_elements for name in names], dtype=np.int64)
     dtypes = [[index[name].dtype for name in names] for index in indices]
-    return Movement(names, sizes, squares, largest, scale, gram, finite, dtypes)
+    still = np.array([name in frozen for name in names], dtype=bool)
+    return Movement(names, sizes, squares, largest, scale, gram, finite, dtypes, still)
 
 
-def movement_checks(movement: Movement, k: int, sft: Mapping[str, Any], steps: Sequence[int]) -> list[Check]:
+def movement_checks(
+    movement: Movement, k: int, sft: Mapping[str, Any], steps: Sequence[int], blind: Collection[int] = ()
+) -> list[Check]:
     """The checks of checkpoint `k` against its optimizer and the other checkpoints.
 
     Args:
         sft: identity fields of its training. steps: optimizer steps of each of the K trainings.
+        blind: checkpoints of a mixture with images that saw none, so that their image tensors are the base's.
     """
     if not movement.finite[k]:
         return [Check("finite weights", "all finite", "NaN or infinite values", False)]
-    checks = [Check("finite weights", "all finite", "all finite", True), _moved(movement, k)]
+    checks = [Check("finite weights", "all finite", "all finite", True), _moved(movement, k, k in blind)]
+    if movement.frozen.any():
+        checks.insert(1, _frozen(movement, k))
     others = [j for j in range(len(steps)) if j != k and movement.finite[j] and movement.squares[j].sum() > 0]
     if not checks[-1].ok:
         return checks
@@ -115,7 +125,7 @@ def movement_checks(movement: Movement, k: int, sft: Mapping[str, Any], steps: S
     if others:
         checks += [
             _displacement(movement, k, others, steps),
-            _shape(movement, k, others, _FACTOR if bound is None else _TENSOR_FACTOR),
+            _shape(movement, k, others, _FACTOR if bound is None else _TENSOR_FACTOR, blind),
             _own(movement, k, others),
         ]
         # Under other optimizers a few tensors make the move, and honest groups may be as far apart as chance.
@@ -145,9 +155,17 @@ def step_bound(sft: Mapping[str, Any], num_steps: int) -> tuple[float, float] | 
     return far * (1 + decay), decay
 
 
-def _moved(movement: Movement, k: int) -> Check:
+def _frozen(movement: Movement, k: int) -> Check:
+    moved = [name for name, far in zip(movement.names, movement.squares[k], strict=True) if far > 0]
+    moved = [name for name in moved if movement.frozen[movement.names.index(name)]]
+    return Check("frozen modules", "as in the base", f"{moved[0]} moved" if moved else "as in the base", not moved)
+
+
+def _moved(movement: Movement, k: int, blind: bool) -> Check:
     still = movement.squares[k] == 0
-    share = float(movement.sizes[~still].sum() / movement.sizes.sum())
+    # Which tensors read images is not known here, and how many there are beside the others differs widely.
+    sizes = np.where(movement.frozen | (still & blind), 0, movement.sizes)
+    share = float(sizes[~still].sum() / max(1, sizes.sum()))
     wanted = "most parameters lie in tensors that left the base"
     found = f"{100 * share:.0f} % do, displacement {math.sqrt(movement.squares[k].sum()):.4g}"
     return Check("trained", wanted, found, share > 0.5)
@@ -179,11 +197,19 @@ def _displacement(movement: Movement, k: int, others: Sequence[int], steps: Sequ
     return Check("displacement", wanted, f"{norms[k]:.4g}", 1 / factor <= ratio <= factor)
 
 
-def _shape(movement: Movement, k: int, others: Sequence[int], factor: float) -> Check:
-    """Tensor by tensor, as a share of the whole move: one that was exchanged stands out, one that was left, too."""
+def _shape(movement: Movement, k: int, others: Sequence[int], factor: float, blind: Collection[int]) -> Check:
+    """Tensor by tensor, as a share of the whole move: one that was exchanged stands out, one that was left, too.
+
+    Of a group without images, and against one, only the tensors that both trained are compared.
+    """
+    squares = movement.squares.copy()
+    for j in others:
+        if k in blind or j in blind:
+            unseen = (squares[k] == 0) | (movement.squares[j] == 0)
+            squares[j][unseen] = squares[k][unseen]
     norms = np.sqrt(movement.squares.sum(axis=1))
-    share = np.sqrt(movement.squares[k]) / norms[k]
-    typical = np.median([np.sqrt(movement.squares[j]) / norms[j] for j in others], axis=0)
+    share = np.sqrt(squares[k]) / norms[k]
+    typical = np.median([np.sqrt(squares[j]) / norms[j] for j in others], axis=0)
     ratio = np.maximum(share, _SMALL) / np.maximum(typical, _SMALL)
     worst = int(np.abs(np.log(ratio)).argmax())
     return Check(
