@@ -33,7 +33,7 @@ from merit_hf.config import MeritConfig
 from merit_hf.conflict import conflict_matrix
 from merit_hf.data import load_rows
 from merit_hf.gradients import GradientSettings, batches_of, dataset_gradient, trained_model, trained_parameters
-from merit_hf.loss import loss_sum
+from merit_hf.loss import loss_sum, trl_loss_sum
 from merit_hf.mixture import PreparedDataset, prepare_dataset
 from merit_hf.partition import split_by_conflict
 from merit_hf.sft import build_args, collate, load_model, load_tokenizer, open_loss
@@ -147,8 +147,6 @@ def speed_section(
 
 def rates(trainer: SFTTrainer, rows: Any, rounds: int) -> list[dict[str, float]]:
     """Seconds of a pass over `rows`, by way of doing it, each round in another order."""
-    from merit_hf import sft
-
     model = trained_model(trainer)
     lengths = [len(ids) for ids in rows["input_ids"]]
     batches = batches_of(lengths, "token_mean", TOKENS_PER_BATCH)
@@ -174,7 +172,7 @@ def rates(trainer: SFTTrainer, rows: Any, rounds: int) -> list[dict[str, float]]
     sides: dict[str, Callable[[], object]] = {
         "bare": lambda: loop(bare),
         "ours": lambda: dataset_gradient(trainer, rows, CountSketch(65536, 0), settings=settings),
-        "trl": lambda: loop(lambda batch: sft.loss_sum(trainer, batch)),
+        "trl": lambda: loop(lambda batch: trl_loss_sum(trainer, batch)),
         "sketch": sketch_only,
     }
     found = []

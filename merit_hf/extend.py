@@ -25,6 +25,7 @@ from merit_hf.adapters import model_settings
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.conflict import cross_cosines
 from merit_hf.extension import check_base, check_template, new_config, plan_config
+from merit_hf.findings import planned_datasets
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups
 from merit_hf.measure import measure_gradients
 from merit_hf.mixture import PreparedDataset, plan_specs, prepare_mixture, read_mixture
@@ -235,7 +236,7 @@ class _Projection:
         cosines = cross_cosines(old_rows, new_rows)
         coordinates, projected = self._place(old_rows, new_rows, cosines)
         groups = plan.num_groups + _branch_numbers(projected, self.branches)
-        rows = MeritPlanner(self.config).planned_datasets(prepared, readouts, groups, coordinates)
+        rows = planned_datasets(self.config, prepared, readouts, groups, coordinates)
         rows = [replace(row, projected_group=int(group)) for row, group in zip(rows, projected, strict=True)]
         branches = self._branches(rows, prepared, model, tokenizer, args)
 

@@ -16,8 +16,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
-from merit_hf import sft
-
 
 def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """SFT's loss of one collated batch, summed over its loss tokens (nats); differentiable.
@@ -27,7 +25,7 @@ def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tenso
     model = cast(PreTrainedModel, trainer.model)
     head = model.get_output_embeddings()
     if head is None or not _is_plain(trainer):
-        return sft.loss_sum(trainer, batch)
+        return trl_loss_sum(trainer, batch)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     targets = batch["labels"][:, 1:]
     wanted = torch.zeros_like(batch["labels"], dtype=torch.bool)
@@ -36,6 +34,29 @@ def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tenso
     with _picked(head, wanted), trainer.accelerator.autocast():
         logits = model(**inputs, use_cache=False).logits  # [number of loss tokens, vocabulary]
     return cross_entropy(logits.float(), targets[wanted[:, :-1]], reduction="sum")
+
+
+def trl_loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[`loss_sum`] as TRL computes it itself."""
+    with trainer.accelerator.autocast():
+        return trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1.0))
+
+
+def loss_sums(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, list[float] | None]:
+    """[`loss_sum`] of a batch without gradients, and its parts by row.
+
+    The parts are None where the loss is no sum over tokens' log-probabilities: DFT, label smoothing, a router's
+    auxiliary loss.
+    """
+    model = cast(PreTrainedModel, trainer.model)
+    with torch.no_grad():
+        if not _is_plain(trainer):
+            return float(trl_loss_sum(trainer, batch)), None
+        with trainer.accelerator.autocast():
+            # The forward behind TRL's loss; asking the loss itself for its outputs would run the model twice.
+            outputs = model(**batch, use_cache=False, fused_lm_head=True)
+    rows = (-outputs.log_probs).sum(dim=1, dtype=torch.float64).tolist()
+    return sum(rows), rows
 
 
 @contextlib.contextmanager

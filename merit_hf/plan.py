@@ -9,11 +9,9 @@ local.json      where this machine finds local data; never published
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,11 @@ from merit_hf import tables
 from merit_hf.choices import whole_name
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.conflict import conflict_matrix
+from merit_hf.plan_files import LOCAL_NAME as LOCAL_NAME
+from merit_hf.plan_files import PLAN_NAME as PLAN_NAME
+from merit_hf.plan_files import SCHEMA_VERSION, locate_plan, read_content, read_local
+from merit_hf.plan_identity import canonical_sha256 as canonical_sha256
+from merit_hf.plan_identity import group_identity as group_identity
 from merit_hf.readouts import SKETCHES_NAME, open_sketches
 from merit_hf.reliability import debias_cosines
 from merit_hf.sharing.untrusted import check_pinned, vet_plan
@@ -31,9 +34,6 @@ from merit_hf.tables import ConflictPairs, LazyMatrix
 from merit_hf.tables import PlannedDataset as PlannedDataset
 from merit_hf.tables import PlannedGroup as PlannedGroup
 
-SCHEMA_VERSION = 1
-PLAN_NAME = "plan.json"
-LOCAL_NAME = "local.json"
 # What plan.json holds of a plan; the tables hold the rest.
 _CONTENT = ("config", "base", "sft", "explained", "bounds", "skipped", "cost", "versions", "inputs_sha256")
 _COUNTS = ("num_examples", "num_input_tokens", "num_loss_tokens")
@@ -234,8 +234,8 @@ class PartitionPlan:
         Raises:
             ConfigError: no plan there. MeritError: its parts contradict each other or its recorded sha256.
         """
-        folder, repo_id, sha = _locate(path, revision)
-        content = _read_content(folder)
+        folder, repo_id, sha = locate_plan(path, revision)
+        content = read_content(folder)
         try:
             datasets = tables.read_datasets(folder)
             if repo_id is not None:
@@ -246,7 +246,7 @@ class PartitionPlan:
                 datasets=datasets,
                 groups=tables.read_groups(folder),
                 # What lies in a repo under this name was written by somebody else about another machine.
-                local=_read_local(folder) if repo_id is None else {},
+                local=read_local(folder) if repo_id is None else {},
                 repo_id=repo_id,
                 revision=sha,
                 folder=folder,
@@ -379,70 +379,3 @@ class PartitionPlan:
             raise MeritError(
                 f"{folder}: plan.json records sha256 {recorded[:12]}, the tables give {self.sha256[:12]}. Plan again."
             )
-
-
-def canonical_sha256(value: Any) -> str:
-    """sha256 of the canonical JSON: sorted keys, no spaces, UTF-8."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def group_identity(
-    base: dict[str, Any], members: Sequence[PlannedDataset], sft: dict[str, Any], peft: dict[str, Any] | None = None
-) -> str:
-    """group_sha256: base weights, chat template, the members' data, the identity fields of the SFT settings, LoRA."""
-    return canonical_sha256(
-        {
-            # Where nothing is frozen, the identity is the one from before anything could be.
-            "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256", "freeze") if key in base},
-            "datasets": [
-                {
-                    "name": member.name,
-                    "fingerprint": member.fingerprint,
-                    "tokens_digest": member.tokens_digest,
-                    "num_examples": member.num_examples,
-                    "num_input_tokens": member.num_input_tokens,
-                    "num_loss_tokens": member.num_loss_tokens,
-                }
-                for member in sorted(members, key=lambda member: member.name)
-            ],
-            "sft": sft,
-            # A plan that trains all weights keeps the identity that it had before there were adapters.
-            **({"peft": peft} if peft else {}),
-        }
-    )
-
-
-def _read_local(folder: Path) -> dict[str, Any]:
-    path = folder / LOCAL_NAME
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def _read_content(folder: Path) -> dict[str, Any]:
-    path = folder / PLAN_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise MeritError(f"{path}: not valid JSON ({error}). Restore it, or plan again.") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise MeritError(
-            f"{path}: schema_version {version}, expected {SCHEMA_VERSION}. Use the merit_hf release that wrote it, or "
-            "plan again."
-        )
-    return content
-
-
-def _locate(path: str | Path, revision: str | None) -> tuple[Path, str | None, str | None]:
-    folder = Path(path)
-    if (folder / PLAN_NAME).is_file():
-        return folder, None, None
-    if folder.exists():
-        raise ConfigError(
-            f"{path}: no {PLAN_NAME} in it, so it is not a plan. `merit plan CONFIG --output {path}` makes one."
-        )
-    repo_id, _, at = str(path).partition("@")
-    from merit_hf.hub import fetch_plan, pin_revision
-
-    sha = pin_revision(repo_id, at or revision, "dataset", "plan")
-    return fetch_plan(repo_id, sha, PLAN_NAME), repo_id, sha

@@ -23,23 +23,22 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from merit_hf import partition
 from merit_hf.adapters import lora_config, model_settings
 from merit_hf.checkpoint import read_tensor_index, weights_sha256
-from merit_hf.config import ConfigError, MeritConfig, MeritError
-from merit_hf.conflict import MANY_DATASETS, axis_bounds, conflict_matrix, sketch_error, structure_p_value
-from merit_hf.data import LoadedDataset, format_digest
+from merit_hf.config import ConfigError, MeritConfig
+from merit_hf.conflict import MANY_DATASETS
+from merit_hf.data import LoadedDataset
 from merit_hf.entry import exit_on_error
+from merit_hf.findings import partition_mixture
 from merit_hf.gradients import trained_parameters
-from merit_hf.groups import GRADIENT_SPLITS, plan_groups, split_datasets
+from merit_hf.groups import GRADIENT_SPLITS, plan_groups
 from merit_hf.hub import resolve_model
 from merit_hf.measure import keep_readouts, measure_gradients
 from merit_hf.mixture import PreparedDataset, check_images, prepare_mixture, read_mixture
 from merit_hf.oversized import planned_parts, with_parts
-from merit_hf.plan import PartitionPlan, PlannedDataset, canonical_sha256
+from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import SKETCHES_NAME, GradientReadout, write_sketches
-from merit_hf.reliability import debias_cosines
 from merit_hf.resolved import first_difference, local_settings, published_config
 from merit_hf.sft import (
     build_args,
@@ -52,9 +51,8 @@ from merit_hf.sft import (
 )
 from merit_hf.sharded import shard_model
 from merit_hf.sketch import layer_parts
-from merit_hf.split_inputs import cut_oversized, given_affinity, plan_inputs, text_points
+from merit_hf.split_inputs import cut_oversized, given_affinity, plan_inputs
 from merit_hf.tables import ConflictPairs
-from merit_hf.trust import assess
 from merit_hf.versions import library_versions
 from merit_hf.vision import takes_images
 from merit_hf.workers import Worker, check_processes
@@ -158,43 +156,26 @@ class MeritPlanner:
             self.worker.wait(until=output.exists)
             return PartitionPlan.from_pretrained(output)
         matrix_start = time.monotonic()
-        names = [dataset.name for dataset in prepared]
-        matrix, noted = self._cosines(names, readouts)
-        tags = {spec.name: spec.tag for spec in self.config.datasets}
-        coordinates, axes = self._axes(matrix, readouts)
-        affinity = given_affinity(self.config, names)
-        points = text_points(self.config, prepared, tokenizer)
-
-        def split(matrix: np.ndarray | None, chosen: Sequence[int] | np.ndarray) -> np.ndarray:
-            some = [prepared[i] for i in chosen]
-            # Groups of re-drawn samples need not keep a bound that some of them could not keep.
-            section = self.config.plan.model_copy(update={"max_imbalance": None})
-            return split_datasets(some, tags, matrix, section, self.config.num_groups)
-
-        looked_at = matrix if affinity is None else affinity
-        groups = split_datasets(
-            prepared, tags, looked_at, self.config.plan, self.config.num_groups, coordinates, points
-        )
-        all_sampled = self._all_sampled(prepared, readouts)
-        trust = assess(readouts, names, groups, split, axes["bounds"], self.config.plan, all_sampled)
+        found = partition_mixture(self.config, prepared, readouts, tokenizer)
+        by_layer = self.config.plan.sketch_by_layer and readouts
+        names = [name for name, _ in trained_parameters(model)]
         plan = PartitionPlan(
             config=published_config(self.config),
             base=base,
-            datasets=self.planned_datasets(prepared, readouts, groups, coordinates, trust.probability),
+            datasets=found.datasets,
             groups=[],
             sft=identity_fields(args),
             peft=peft,
-            conflict_matrix=matrix,
-            layers=layer_parts([name for name, _ in trained_parameters(model)], self.config.plan.sketch_dim)
-            if self.config.plan.sketch_by_layer and readouts
-            else {},
+            conflict_matrix=found.matrix,
+            explained=found.explained,
+            bounds=found.bounds,
+            trust=found.trust,
+            layers=layer_parts(names, self.config.plan.sketch_dim) if by_layer else {},
             skipped=skipped | dropped,
             versions=library_versions(),
             inputs_sha256=canonical_sha256(inputs),
             local=local_settings(self.config, folder),
             parent_sha256=self.parent.sha256 if self.parent else None,
-            trust=trust.facts | noted,
-            **axes,
         )
         trains = {dataset.name: dataset.train for dataset in prepared}
         plan.groups = plan_groups(plan.datasets, trains, model, tokenizer, args, base, peft)
@@ -315,94 +296,6 @@ class MeritPlanner:
             self.config.root,
             base.get("freeze", ()),
         )
-
-    def planned_datasets(
-        self,
-        prepared: Sequence[PreparedDataset],
-        readouts: Sequence[GradientReadout],
-        groups: np.ndarray,
-        coordinates: np.ndarray | None,
-        probability: Sequence[float | None] | None = None,
-    ) -> list[PlannedDataset]:
-        """The rows of datasets.parquet. `coordinates`: [T, r]; None where the split needs no gradients."""
-        specs = {spec.name: spec for spec in self.config.datasets}
-        rows = []
-        for index, dataset in enumerate(prepared):
-            readout = readouts[index] if readouts else None
-            spec, loaded = specs[dataset.name], dataset.loaded
-            rows.append(
-                PlannedDataset(
-                    name=dataset.name,
-                    group=int(groups[index]),
-                    tag=spec.tag,
-                    format=loaded.format,
-                    fingerprint=loaded.fingerprint,
-                    tokens_digest=format_digest(dataset.counts.digest),
-                    num_examples=dataset.counts.num_examples,
-                    num_input_tokens=dataset.counts.num_input_tokens,
-                    num_loss_tokens=dataset.counts.num_loss_tokens,
-                    num_dropped=dataset.num_dropped,
-                    num_truncated=dataset.num_truncated,
-                    num_sampled=readout.num_samples if readout else 0,
-                    gradient_norm=readout.norm if readout else None,
-                    base_loss=readout.loss if readout else None,
-                    coordinates=[] if coordinates is None else coordinates[index].tolist(),
-                    repo_id=loaded.repo_id,
-                    config=spec.config,
-                    split=spec.split if loaded.repo_id else None,
-                    revision=loaded.revision,
-                    split_half_cosine=readout.split_half_cosine if readout else None,
-                    reliability=readout.reliability if readout else None,
-                    first_half_share=readout.first_share if readout else None,
-                    group_probability=probability[index] if probability else None,
-                )
-            )
-        return rows
-
-    def _cosines(
-        self, names: Sequence[str], readouts: Sequence[GradientReadout]
-    ) -> tuple[np.ndarray | None, dict[str, Any]]:
-        """C by `plan.debias`, and what of the correction is to be noted."""
-        if not readouts:
-            return None, {}
-        matrix = _matrix(names, [readout.sketch for readout in readouts])
-        if self.config.plan.debias == "none":
-            return matrix, {}
-        matrix, plain, clipped = debias_cosines(matrix, [readout.reliability for readout in readouts])
-        return matrix, {"debias": {"uncorrected": [names[i] for i in plain], "clipped_pairs": clipped}}
-
-    def _all_sampled(self, prepared: Sequence[PreparedDataset], readouts: Sequence[GradientReadout]) -> bool:
-        """No dataset has examples left that a larger sample could take."""
-        usable = [int(np.count_nonzero(dataset.counts.loss_tokens)) for dataset in prepared]
-        return all(readout.num_samples >= count for readout, count in zip(readouts, usable, strict=False))
-
-    def _axes(
-        self, matrix: np.ndarray | None, readouts: Sequence[GradientReadout]
-    ) -> tuple[np.ndarray | None, dict[str, Any]]:
-        """Coordinates of the datasets, and what the plan says of its axes. Decomposes the matrix once."""
-        if matrix is None:
-            return None, {"explained": [], "bounds": {}}
-        section = self.config.plan
-        num_axes = partition.num_axes_for(self.config.num_groups)
-        shown = max(2, num_axes)
-        coordinates, singular_values = partition.principal_axes(matrix, shown, section.center)
-        explained = partition.explained_shares(matrix, singular_values, shown, section.center)
-        error = sketch_error(len(matrix), len(readouts[0].sketch), section.sketch)
-        bounds = axis_bounds(singular_values, num_axes, error)
-        if all(readout.reliability is None for readout in readouts):
-            # Without halves there is only this to go by. It takes one direction that all share for structure.
-            p_value = structure_p_value(matrix, section.seed)
-            verdict = "unknown" if p_value is None else "structure" if p_value <= 0.05 else "noise"
-            bounds |= {"structure_p_value": p_value, "verdict": verdict}
-        return coordinates, {"explained": explained, "bounds": bounds}
-
-
-def _matrix(names: Sequence[str], sketches: Sequence[np.ndarray]) -> np.ndarray:
-    try:
-        return conflict_matrix(sketches)
-    except ValueError as error:
-        zero = [name for name, sketch in zip(names, sketches, strict=True) if not np.any(sketch)]
-        raise MeritError(f"datasets {', '.join(zero)} have no gradient at the base: {error}.") from error
 
 
 def _finished(output: Path, inputs_sha256: str, given: MeritConfig, base: Path) -> PartitionPlan:

@@ -342,32 +342,6 @@ def collate(trainer: SFTTrainer, rows: datasets.Dataset, indices: list[int]) -> 
     return {key: send_to_device(value, trainer.args.device) for key, value in batch.items()}
 
 
-def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """SFT's loss of one collated batch, summed over its loss tokens (nats) instead of averaged."""
-    with trainer.accelerator.autocast():
-        return trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1.0))
-
-
-def loss_sums(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, list[float] | None]:
-    """[`loss_sum`] of a batch without gradients, and its parts by row.
-
-    The parts are None where the loss is no sum over tokens' log-probabilities: DFT, label smoothing, a router's
-    auxiliary loss.
-    """
-    args, model = trainer.args, trainer.model
-    assert isinstance(args, SFTConfig)
-    assert model is not None
-    plain = args.loss_type == "nll" and trainer.label_smoother is None and not trainer.aux_loss_enabled
-    with torch.no_grad():
-        if not plain:
-            return float(loss_sum(trainer, batch)), None
-        with trainer.accelerator.autocast():
-            # The forward behind TRL's loss; asking the loss itself for its outputs would run the model twice.
-            outputs = model(**batch, use_cache=False, fused_lm_head=True)
-    rows = (-outputs.log_probs).sum(dim=1, dtype=torch.float64).tolist()
-    return sum(rows), rows
-
-
 def _prepared(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -24,8 +24,9 @@ from merit_hf.gradients import (
     sample_indices,
     trained_parameters,
 )
+from merit_hf.loss import trl_loss_sum
 from merit_hf.mixture import prepare_dataset
-from merit_hf.sft import build_args, collate, load_model, load_tokenizer, loss_sum, open_loss, open_trainer
+from merit_hf.sft import build_args, collate, load_model, load_tokenizer, open_loss, open_trainer
 from merit_hf.sketch import CountSketch, make_sketch
 
 
@@ -196,7 +197,7 @@ def test_the_fast_loss_is_trls(
 ) -> None:  # fmt: skip
     with open_loss(model, tokenizer, build_args(sft, tmp_path / "trainer"), rows) as trainer:
         batch = collate(trainer, rows, list(range(8)))
-        assert float(loss.loss_sum(trainer, batch)) == pytest.approx(float(loss_sum(trainer, batch)), rel=1e-6)
+        assert float(loss.loss_sum(trainer, batch)) == pytest.approx(float(trl_loss_sum(trainer, batch)), rel=1e-6)
 
 
 def test_training_settings_of_the_batch_do_not_matter(

@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from merit_hf.config import ConfigError, DatasetSection
 from merit_hf.data import load_rows
 from merit_hf.evaluation.held_out import sample_held_out, with_questions
-from merit_hf.sft import build_args, collate, load_model, load_tokenizer, loss_sum, loss_sums, open_loss, tokenize_rows
+from merit_hf.loss import loss_sums
+from merit_hf.loss import trl_loss_sum as loss_sum
+from merit_hf.sft import build_args, collate, load_model, load_tokenizer, open_loss, tokenize_rows
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,12 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.gradients import dataset_gradient, trained_parameters
 from merit_hf.group_merge import merge_groups
+from merit_hf.loss import trl_loss_sum as loss_sum
 from merit_hf.manifest import read_manifest
 from merit_hf.mixture import prepare_dataset, read_mixture
 from merit_hf.plan import PlannedDataset, group_identity
 from merit_hf.progress import Progress
-from merit_hf.sft import build_args, load_model, load_tokenizer, loss_sum, open_loss
+from merit_hf.sft import build_args, load_model, load_tokenizer, open_loss
 from merit_hf.sketch import make_sketch
 from merit_hf.training import train_group
 from merit_hf.verification.checks import failed

@@ -17,10 +17,11 @@ from merit_hf.evaluation.comparison import Measured
 from merit_hf.evaluation.generate import greedy_answers, stop_tokens
 from merit_hf.evaluation.held_out import HeldOut
 from merit_hf.gradients import batch_by_tokens
+from merit_hf.loss import loss_sums
 from merit_hf.manifest import MANIFEST_NAME
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress, Stage
-from merit_hf.sft import TokenizedRows, collate, load_checkpoint, loss_sums, open_loss, tokenize_rows
+from merit_hf.sft import TokenizedRows, collate, load_checkpoint, open_loss, tokenize_rows
 from merit_hf.vision import text_tokenizer
 
 # Raised where what a kept result means has changed.

@@ -14,6 +14,7 @@ from trl import SFTConfig
 from merit_hf.config import MeritError
 from merit_hf.data import seed_of
 from merit_hf.gradients import batch_by_tokens, sample_indices
+from merit_hf.loss import loss_sum
 from merit_hf.mixture import check_against_plan, plan_specs, prepare_dataset, read_mixture
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
@@ -24,7 +25,6 @@ from merit_hf.sft import (
     load_checkpoint,
     load_model,
     load_tokenizer,
-    loss_sum,
     open_loss,
 )
 from merit_hf.verification.checks import Check, compare, shorten
