@@ -16,6 +16,7 @@ import pytest
 import yaml
 from tiny import TEMPLATE, as_chat, make_base, make_mixture, task_rows, write_jsonl
 
+from merit_hf import extend, tables
 from merit_hf.config import ConfigError, MeritConfig
 from merit_hf.conflict import conflict_matrix, cross_cosines
 from merit_hf.extend import changes, extend_plan
@@ -103,6 +104,28 @@ def test_adding_one_and_one_is_adding_two(plan: PartitionPlan, entries: Callable
     told = changes(plan, extend_plan(plan, read_extension(entries(*NEW), plan), tmp_path / "by", branches="group",
                                      progress=QUIET))  # fmt: skip
     assert len(set(told["added"].values())) == len({row.projected_group for row in both.datasets} - {None})
+
+
+def test_a_large_plan_is_extended_without_its_matrix(
+    plan: PartitionPlan, entries: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own limits, made small: six datasets are many, four are not, and a dataset lists one pair on each side."""
+    monkeypatch.setattr(tables, "MAX_ALL_PAIRS", 4)
+    monkeypatch.setattr(tables, "EXTREME_PAIRS", 1)
+    monkeypatch.setattr(extend, "MAX_ALL_PAIRS", 4)
+    one = extend_plan(plan, read_extension(entries("repeat"), plan), tmp_path / "one", progress=QUIET)
+    two = extend_plan(one, read_extension(entries("upper"), one), tmp_path / "two", progress=QUIET)
+    pairs = two.conflict_pairs()
+    assert pairs is not None
+    assert callable(two.__dict__[tables.LazyMatrix.NAME]), "neither loading nor the pairs need the matrix"
+    matrix = conflict_matrix(two.load_sketches())
+    expected = tables.conflict_pairs(matrix)
+    assert np.array_equal((pairs.rows, pairs.columns), (expected.rows, expected.columns))
+    assert np.allclose(pairs.cosines, expected.cosines, atol=1e-12)
+    assert np.array_equal(two.conflict_matrix, matrix)
+    pictures = [folder / "figures/conflict.png" for folder in (plan.folder, one.folder, two.folder)]
+    assert len({picture.read_bytes() for picture in pictures}) == 1, "the picture of the matrix that was made"
+    assert two.sha256 != one.sha256
 
 
 def test_refit_is_the_plan_of_all_and_measures_the_new_only(
