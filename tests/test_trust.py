@@ -150,6 +150,15 @@ def test_the_sentences_before_it() -> None:
     assert trust_sentences(plan) == []
 
 
+def test_the_section_of_the_card_is_the_golden_one() -> None:
+    plan = card_plan(["alpha", "beta", "gamma", "delta"])
+    plan.trust = TOLD["follow"] | {"debias": {"uncorrected": ["be|ta"], "clipped_pairs": 3}}
+    card = plan_dataset_card(plan)
+    section = card[card.index("## How far") : card.index("## How it was made")]
+    expected = Path(__file__).parent / "golden" / "plan_card_trust.md"
+    assert section == expected.read_text(encoding="utf-8")
+
+
 def of(kind: str, count: int, noise: float, seed: int = 0, **section: Any) -> Assessment:
     rng = np.random.default_rng(seed)
     made = readouts(*sample_halves(true_gradients(kind, count, rng), noise, rng))
