@@ -15,6 +15,7 @@ from merit_hf.hub import current_user
 from merit_hf.launch import train_groups
 from merit_hf.manifest import read_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME
+from merit_hf.oversized import planned_parts, with_parts
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
@@ -76,7 +77,7 @@ def run_all(
     train_groups(plan, range(plan.num_groups), groups, (), num_processes, accelerate_config, progress)
     joint_model = None
     if joint:
-        joint_plan = MeritPlanner(_joint(config), progress).plan(output / "joint" / "plan")
+        joint_plan = MeritPlanner(joint_config(config, plan), progress).plan(output / "joint" / "plan")
         joint_model = output / "joint" / "groups" / "0"
         train_groups(joint_plan, [0], [joint_model], (), num_processes, accelerate_config, progress)
     if not merged.exists():
@@ -106,8 +107,14 @@ def run_all(
     return RunResult(plan, groups, merged, joint_model, evaluation, report, pushed)
 
 
-def _joint(config: MeritConfig) -> MeritConfig:
-    return config.model_copy(update={"plan": config.plan.model_copy(update={"split": "joint", "num_groups": None})})
+def joint_config(config: MeritConfig, plan: PartitionPlan) -> MeritConfig:
+    """CONFIG with all of the plan's datasets, parts of cut ones too, in one group, without what a split may choose."""
+    unset = {
+        "split": "joint", "num_groups": None, "group_shares": None, "max_imbalance": None, "split_oversized": False,
+        "affinity": None, "embedding_model": None,
+    }  # fmt: skip
+    whole = with_parts(config, planned_parts(plan.config["datasets"], config))
+    return whole.model_copy(update={"plan": config.plan.model_copy(update=unset)})
 
 
 def _check_merged(config: MeritConfig, plan: PartitionPlan, merged: Path) -> None:

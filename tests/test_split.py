@@ -20,6 +20,7 @@ from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.data import hold_out, load_rows
 from merit_hf.estimate import estimate_plan
 from merit_hf.mixture import plan_specs
+from merit_hf.pipeline import joint_config
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.precondition import denominators, state_moments
@@ -175,6 +176,10 @@ def test_an_oversized_dataset_is_cut_and_every_part_is_a_dataset(
     again = MeritPlanner(MeritConfig.from_yaml(mixture, overrides), QUIET).plan(cut.folder)
     assert again.sha256 == cut.sha256
     assert again.config == cut.config
+    # The joint baseline is of the same datasets, and none of the shares or bounds of a split is left in it.
+    shared = [*overrides, "plan.num_groups=null", "plan.group_shares=[1,1,1,1]", "plan.max_imbalance=2.5"]
+    joint = MeritPlanner(joint_config(MeritConfig.from_yaml(mixture, shared), cut), QUIET).plan(tmp_path / "joint")
+    assert groups_of(joint) == [cut.names]
     # And split again, and trained, as any plan.
     split = repartition(cut, tmp_path / "split", num_groups=2, progress=QUIET)
     assert split.names == cut.names
