@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.table import embed_table_storage
 
 from merit_hf.config import ConfigError
 
@@ -85,6 +86,13 @@ def undecoded(rows: datasets.Dataset) -> Iterator[dict[str, Any]]:
         return
     for table in rows.with_format("arrow").iter(batch_size=_ROWS_AT_A_TIME):
         yield from table.to_pylist()
+
+
+def embedded(rows: datasets.Dataset) -> datasets.Dataset:
+    """`rows` that hold their images, whose files may be left behind; they name them without a folder."""
+    if IMAGES not in rows.column_names:
+        return rows
+    return rows.with_format("arrow").map(embed_table_storage, batched=True, batch_size=_ROWS_AT_A_TIME, desc=None)
 
 
 def image_digests(images: Sequence[dict[str, Any]]) -> list[str]:

@@ -29,21 +29,13 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from merit_hf import vision
 from merit_hf.adapters import add_adapter, is_adapter, load_adapter
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import repo_of_snapshot
 from merit_hf.identity import BATCH_FIELDS as BATCH_FIELDS
 from merit_hf.identity import IDENTITY_FIELDS as IDENTITY_FIELDS
 from merit_hf.images import IMAGES
-from merit_hf.vision import (
-    auto_class,
-    collated_tokens,
-    freeze_modules,
-    is_processor,
-    load_processor,
-    read_row,
-    vision_rows,
-)
 
 _FLOATS = tuple(
     f.name for f in dataclasses.fields(SFTConfig) if f.name in IDENTITY_FIELDS and f.type in (float, "float")
@@ -148,7 +140,9 @@ def load_tokenizer(
     """
     try:
         tokenizer = (
-            load_processor(folder) if images else AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            vision.load_processor(folder)
+            if images
+            else AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         )
     except (OSError, ValueError) as error:
         raise MeritError(f"{folder}: no tokenizer can be loaded from the base: {_one_line(error)}") from error
@@ -180,7 +174,7 @@ def load_model(
     load = _load_quantized if kwargs.get("quantization_config") is not None else _load
     model = load(folder, kwargs)
     if freeze:
-        freeze_modules(model, freeze)
+        vision.freeze_modules(model, freeze)
     return model if peft is None else add_adapter(model, peft, SFTConfig.seed if args is None else args.seed)
 
 
@@ -220,7 +214,7 @@ def _init_kwargs(args: SFTConfig | None) -> dict[str, Any]:
 
 def _load(folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     try:
-        return auto_class(folder).from_pretrained(str(folder), **kwargs)
+        return vision.auto_class(folder).from_pretrained(str(folder), **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise MeritError(f"{folder}: the model cannot be loaded: {_one_line(error)}") from error
 
@@ -229,7 +223,7 @@ def _load_quantized(folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedMod
     """Quantised as asked or not at all: never a silent step back to full weights."""
     cure = "Install what it needs (`pip install 'merit_hf[qlora]'`), run where it can, or leave it out."
     try:
-        model = auto_class(folder).from_pretrained(str(folder), **kwargs)
+        model = vision.auto_class(folder).from_pretrained(str(folder), **kwargs)
     except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
         raise MeritError(f"{_QUANTIZATION}: {folder} cannot be quantised here: {_one_line(error)} {cure}") from error
     if getattr(model, "hf_quantizer", None) is None:
@@ -306,12 +300,12 @@ def tokenize_rows(
 
     `model` is only what SFTTrainer's constructor asks for; its weights are not used.
     """
-    if is_processor(tokenizer):
-        ready = vision_rows(rows, tokenizer)
+    if vision.is_processor(tokenizer):
+        ready = vision.vision_rows(rows, tokenizer)
         # SFTTrainer's constructor reads it too, and says nothing of where it stands.
-        read_row(ready, 0)
+        vision.read_row(ready, 0)
         with open_trainer(model, tokenizer, args, ready) as trainer:
-            ready = collated_tokens(trainer.data_collator, ready)
+            ready = vision.collated_tokens(trainer.data_collator, ready)
         return TokenizedRows(ready, 0, 0, list(range(len(ready))))
     whole = _prepared(model, tokenizer, args, rows, max_length=None)
     # Strategies that split long sequences over rows keep every token, so there is nothing to truncate.

@@ -145,8 +145,9 @@ def synthetic(cosine: float, ratio: float = 1.0) -> Movement:
     gram = np.array([[ratio**2, cosine * ratio], [cosine * ratio, 1.0]])
     squares = np.diag(gram)[:, None].copy()
     return Movement(
-        ["w"], np.array([1_000_000]), squares, np.sqrt(squares) / 50, np.ones(1), gram, np.ones(2, bool), [["F32"]] * 2
-    )
+        ["w"], np.array([1_000_000]), squares, np.sqrt(squares) / 50, np.ones(1), gram, np.ones(2, bool),
+        [["F32"]] * 2, np.zeros(1, bool),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

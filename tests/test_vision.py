@@ -25,7 +25,9 @@ from trl import SFTTrainer
 from merit_hf.callback import MeritCallback
 from merit_hf.config import ConfigError, DatasetSection, MeritConfig, MeritError
 from merit_hf.data import LoadedDataset, load_rows
+from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.gradients import GradientSettings, dataset_gradient
+from merit_hf.images import embedded
 from merit_hf.manifest import hash_files, read_manifest, write_manifest
 from merit_hf.mixture import PreparedDataset, prepare_dataset
 from merit_hf.plan import PartitionPlan
@@ -412,3 +414,16 @@ def test_groups_with_and_without_images_verify_beside_each_other(
     for k in (blind, (blind + 1) % 4):
         checks = verify_checkpoint(plan, folders[k], others=[folders[j] for j in range(4) if j != k], progress=QUIET)
         assert [check for check in checks if not check.ok] == []
+
+
+def test_published_rows_hold_their_images_and_name_no_folder(tmp_path: Path) -> None:
+    loaded = load(tmp_path, as_paths(tmp_path))
+    embedded(loaded.train).to_parquet(tmp_path / "published.parquet")
+    shutil.rmtree(tmp_path / "pictures")
+    assert load(tmp_path, "published.parquet").fingerprint == loaded.fingerprint
+    assert str(tmp_path).encode() not in (tmp_path / "published.parquet").read_bytes()
+
+
+def test_answers_about_images_are_refused_before_anything_is_loaded(vl_plan: Callable[..., PartitionPlan]) -> None:
+    with pytest.raises(ConfigError, match="--no-generate"):
+        evaluate_models(vl_plan(), {"base": Path("nowhere")}, progress=QUIET)

@@ -22,7 +22,6 @@ from merit_hf.manifest import MANIFEST_NAME
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress, Stage
 from merit_hf.sft import TokenizedRows, collate, load_checkpoint, open_loss, tokenize_rows
-from merit_hf.vision import text_tokenizer
 
 # Raised where what a kept result means has changed.
 _CACHE_VERSION = 1
@@ -108,9 +107,8 @@ class Evaluator:
         """The answers to a dataset's questions, and how many tokens were made."""
         assert self.max_new_tokens is not None
         closing = {token for question in dataset.questions for token in question.closing_ids}
-        tokenizer = text_tokenizer(self.tokenizer)
-        stop_ids = stop_tokens(model, tokenizer, closing)
-        pad_id = tokenizer.pad_token_id
+        stop_ids = stop_tokens(model, self.tokenizer, closing)
+        pad_id = self.tokenizer.pad_token_id
         answers = greedy_answers(
             model,
             [question.prompt_ids for question in dataset.questions],
@@ -121,7 +119,7 @@ class Evaluator:
             self.tokens_per_batch,
             stage.advance,
         )
-        texts = [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+        texts = [self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
         return {
             "answers": texts,
             "num_tokens": [len(answer.token_ids) for answer in answers],

@@ -13,6 +13,7 @@ import yaml
 from merit_hf.config import MeritError
 from merit_hf.data import LoadedDataset, fingerprint, load_rows
 from merit_hf.hub_write import folder_files, push_files
+from merit_hf.images import IMAGES, embedded
 from merit_hf.mixture import plan_specs
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
@@ -51,6 +52,7 @@ def publish_data(
                 "path": name, "revision": revision, "config": None, "split": TRAIN_NAME, "chat": False,
                 "eval_path": None, "eval_split": None if loaded.eval is None else HELD_OUT_NAME, "eval_fraction": 0.0,
                 "part": None, "prompt": None, "completion": None, "messages": None, "text": None,
+                "images": IMAGES if loaded.images else None,
             }  # fmt: skip
             stage.advance()
     return dataclasses.replace(
@@ -73,7 +75,7 @@ def _upload(
         folder = Path(scratch)
         (folder / "data").mkdir()
         for split, rows in splits.items():
-            rows.to_parquet(folder / "data" / f"{split}.parquet")
+            embedded(rows).to_parquet(folder / "data" / f"{split}.parquet")
         again = datasets.Dataset.from_parquet(str(folder / "data" / f"{TRAIN_NAME}.parquet"), cache_dir=scratch)
         if fingerprint(again) != planned.fingerprint:
             raise MeritError(

@@ -35,7 +35,7 @@ def vet_plan(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises:
         MeritError: base or a dataset is neither absent nor a repo pinned to a commit, or what the plan calls its
-            identity is none of it.
+            identity is none of it, or what it freezes is no list of names.
     """
     config, base = content["config"], content["base"]
     _check_repo(base.get("repo_id"), base.get("revision"), f"{where}: base")
@@ -45,6 +45,11 @@ def vet_plan(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise MeritError(
             f"{where}: plan.json counts sft.{one_line(strange[0], 60)} as its identity, which this release does not. "
             "Use the merit_hf release that wrote the plan, or plan again."
+        )
+    freeze = base.get("freeze", [])
+    if not isinstance(freeze, list) or not all(isinstance(prefix, str) for prefix in freeze):
+        raise MeritError(
+            f"{where}: plan.json's base.freeze is {one_line(repr(freeze), 80)}, expected a list of names. Plan again."
         )
     entries = []
     for entry in config["datasets"]:
