@@ -39,10 +39,8 @@ def project_onto_axes(
     for rows in row_blocks(count, _ROWS):
         gathered = gathered + _unit_rows(sketches, norms, rows).T @ vectors[rows]
     products = np.concatenate([_unit_rows(sketches, norms, rows) @ gathered for rows in row_blocks(count, _ROWS)])
+    # Aᵀ Z = C H Z = C Z: the columns of Z sum to zero where C is centred by columns.
     images, means = products[:, :-1], products[:, -1]
-    if column_means:
-        # Aᵀ Z = C H Z: the axes of a matrix that is centred by columns sum to zero but for rounding.
-        images = images - np.outer(means, coordinates.sum(axis=0))
     if center == "double":
         images = images - images.mean(axis=0)
     squares = (coordinates**2).sum(axis=0)
