@@ -37,9 +37,15 @@ def loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tenso
 
 
 def trl_loss_sum(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[`loss_sum`] as TRL computes it itself."""
+    """[`loss_sum`] as TRL computes it itself.
+
+    A router's auxiliary loss is a mean over the batch, and so counts once for each of its loss tokens here.
+    """
+    num_tokens = (batch["labels"][:, 1:] != -100).sum().clamp(min=1) if trainer.aux_loss_enabled else torch.tensor(1)
+    # The loop of a training sets it.
+    trainer.current_gradient_accumulation_steps = 1
     with trainer.accelerator.autocast():
-        return trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1.0))
+        return trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_tokens.float()) * num_tokens
 
 
 def loss_sums(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, list[float] | None]:

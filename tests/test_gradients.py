@@ -345,3 +345,24 @@ def test_samples_are_distinct_sorted_and_seeded() -> None:
     assert sample_indices(5, 20, seed=1).tolist() == [0, 1, 2, 3, 4]
     # A larger sample holds the smaller one, so more samples only refine.
     assert set(chosen.tolist()) < set(sample_indices(100, 50, seed=1).tolist())
+
+
+def test_a_router_counts_by_its_batches_tokens(
+    tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, tmp_path: Path
+) -> None:
+    """Mixture of experts: the balance of the router is part of what SFT minimises, once a batch."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=4, **sizes)
+    model = MixtralForCausalLM(config)
+    with open_loss(model, tokenizer, build_args({"router_aux_loss_coef": 0.5}, tmp_path / "trainer"), rows) as trainer:
+        batch = collate(trainer, rows, list(range(6)))
+        num_tokens = int((batch["labels"][:, 1:] != -100).sum())
+        outputs = model(**batch, use_cache=False, fused_lm_head=True, output_router_logits=True)
+        expected = -outputs.log_probs.sum() + num_tokens * 0.5 * outputs.aux_loss
+        assert float(loss.loss_sum(trainer, dict(batch))) == pytest.approx(float(expected), rel=1e-5)
+    found = gradient(model, tokenizer, rows, tmp_path, router_aux_loss_coef=0.5)
+    plain = gradient(model, tokenizer, rows, tmp_path, router_aux_loss_coef=0.0)
+    assert found.loss > plain.loss + 0.1
+    assert relative(found.sketch, plain.sketch) > 1e-3

@@ -34,6 +34,8 @@ from merit_hf.vision import text_tokenizer
 _LOOSE_CONFIG = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "architectures",
+    # TRL writes down how it trained a router.
+    "output_router_logits", "router_aux_loss_coef",
 }  # fmt: skip
 
 
