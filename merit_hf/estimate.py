@@ -108,23 +108,31 @@ def estimate_plan(config: MeritConfig, progress: Progress | None = None) -> Esti
 
 
 def _probe(trainer: SFTTrainer, rows: datasets.Dataset, tokens_per_batch: int) -> tuple[int, float]:
-    """Tokens and seconds of forward and backward, after one micro-batch that is not timed."""
+    """Tokens and seconds of forward and backward, in micro-batches as large as a slow machine finishes in seconds."""
     lengths = [len(ids) for ids in rows["input_ids"]]
-    batches = [batch for batch in batch_by_tokens(lengths, tokens_per_batch) if batch]
-    if not batches:
+    if not lengths:
         raise MeritError("none of the sampled examples has a loss token, so nothing can be timed.")
-    done, start, began = 0, 0.0, time.monotonic()
-    for number in range(1 + max(3, len(batches))):
-        if number == 1:
-            start = time.monotonic()
-        batch = batches[number % len(batches)]
+
+    def seconds_of(batch: list[int]) -> float:
+        start = time.monotonic()
         loss_sum(trainer, collate(trainer, rows, batch)).backward()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        done += sum(lengths[index] for index in batch) if number else 0
-        if number and time.monotonic() - began > _PROBE_SECONDS:
+        return time.monotonic() - start
+
+    # The first run also loads libraries; the second says how many tokens a second to expect.
+    middle = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]
+    seconds_of([middle])
+    rate = lengths[middle] / seconds_of([middle])
+    batches = batch_by_tokens(lengths, min(tokens_per_batch, max(1, int(rate * _PROBE_SECONDS / 3))))
+    done, seconds = 0, 0.0
+    for number in range(max(3, len(batches))):
+        batch = batches[number % len(batches)]
+        seconds += seconds_of(batch)
+        done += sum(lengths[index] for index in batch)
+        if seconds > _PROBE_SECONDS:
             break
-    return done, time.monotonic() - start
+    return done, seconds
 
 
 def _estimate(
