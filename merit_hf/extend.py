@@ -100,6 +100,11 @@ def _check_projectable(section: dict[str, Any]) -> None:
             "plan.precondition=adam without plan.optimizer_state measures its second moments on the whole mixture, "
             "which new datasets change. Use --mode refit, which measures all gradients again."
         )
+    if section.get("max_imbalance") is not None:
+        raise ConfigError(
+            "plan.max_imbalance moved datasets across the cuts, so no cut tells where a new dataset belongs. Use "
+            "--mode refit."
+        )
 
 
 def changes(parent: PartitionPlan, extended: PartitionPlan) -> dict[str, Any]:

@@ -103,6 +103,16 @@ def measure_gradients(
         for key in [_key(d, args, section, weights_sha256, peft, moments, freeze)]
     ]
     missing = [job for job in jobs if job.load() is None]
+    not_done = {job.path for job in missing}
+
+    def is_done(job: _Job) -> bool:
+        if job.path in not_done and job.load() is not None:
+            not_done.discard(job.path)
+        return job.path not in not_done
+
+    def num_done() -> int:
+        return sum(map(is_done, jobs))
+
     if len(missing) < len(jobs):
         progress.note(f"going on: {len(jobs) - len(missing)} of {len(jobs)} gradients are there already")
     precondition = None
@@ -115,9 +125,8 @@ def measure_gradients(
     with progress.stage("Gradients", total=tokens, unit="tokens") as stage:
         # The largest first, so that no process is left alone with one at the end.
         ordered = sorted(missing, key=lambda job: (-job.num_input_tokens, job.name))
-        for job in worker.share(folder, ordered, lambda job: job.path.stem, lambda job: job.load() is not None):
-            done = sum(other.load() is not None for other in jobs)
-            stage.item(f"{job.name} ({done + 1} of {len(jobs)})")
+        for job in worker.share(folder, ordered, lambda job: job.path.stem, is_done):
+            stage.item(f"{job.name} ({num_done() + 1} of {len(jobs)})")
             try:
                 with open_loss(model, tokenizer, args, job.rows) as trainer:
                     readout = _read_in_halves(
@@ -129,9 +138,6 @@ def measure_gradients(
             stage.advance(job.num_tokens(readout.num_samples))
             if worker.is_main or not worker.shards:
                 save_readout(job.path, job.key, readout)
-
-    def num_done() -> int:
-        return sum(job.load() is not None for job in jobs)
 
     worker.wait(until=lambda: num_done() == len(jobs) or not folder.exists(), alive=num_done)
     done_now = [job.load() for job in jobs]
@@ -175,31 +181,40 @@ def keep_readouts(
     Raises:
         MeritError: a dataset of the plan is not what was planned.
     """
-    sketches, firsts = parent.load_sketches(), parent.load_first_halves()
-    rows = {dataset.name: (index, dataset) for index, dataset in enumerate(parent.datasets)}
+    known = {dataset.name: dataset for dataset in parent.datasets}
+    kept = [dataset for dataset in prepared if dataset.name in known and parent.load_sketches() is not None]
     moments = _moments_key(prepared, args, section, root)
-    for dataset in prepared:
-        if sketches is None or dataset.name not in rows:
-            continue
-        index, planned = rows[dataset.name]
-        check_against_plan(dataset, planned)
-        base = parent.base
+    base = parent.base
+    for dataset, readout in zip(kept, stored_readouts(parent, [dataset.name for dataset in kept]), strict=True):
+        check_against_plan(dataset, known[dataset.name])
         key = _key(dataset, args, section, base["weights_sha256"], peft, moments, base.get("freeze", ()))
         path = readout_path(folder, dataset.name)
         if load_readout(path, key) is None:
-            assert planned.gradient_norm is not None
-            assert planned.base_loss is not None
-            # What it cost was paid by the parent.
-            readout = GradientReadout(
-                sketches[index], planned.gradient_norm, planned.base_loss, planned.num_sampled,
-                num_input_tokens=0, num_loss_tokens=0, num_batches=0,
-            )  # fmt: skip
-            if firsts is not None and planned.first_half_share is not None:
-                readout = replace(
-                    readout, first_half=firsts[index], first_share=planned.first_half_share,
-                    split_half_cosine=planned.split_half_cosine, reliability=planned.reliability,
-                )  # fmt: skip
             save_readout(path, key, readout)
+
+
+def stored_readouts(plan: PartitionPlan, names: Sequence[str]) -> list[GradientReadout]:
+    """The read-outs that a plan holds of its datasets `names`. What they cost was paid: 0 tokens."""
+    sketches, firsts = plan.load_sketches(), plan.load_first_halves()
+    place = {name: row for row, name in enumerate(plan.names)}
+    found = []
+    for name in names:
+        assert sketches is not None
+        row = place[name]
+        planned = plan.datasets[row]
+        assert planned.gradient_norm is not None
+        assert planned.base_loss is not None
+        readout = GradientReadout(
+            sketches[row], planned.gradient_norm, planned.base_loss, planned.num_sampled,
+            num_input_tokens=0, num_loss_tokens=0, num_batches=0,
+        )  # fmt: skip
+        if firsts is not None and planned.first_half_share is not None:
+            readout = replace(
+                readout, first_half=firsts[row], first_share=planned.first_half_share,
+                split_half_cosine=planned.split_half_cosine, reliability=planned.reliability,
+            )  # fmt: skip
+        found.append(readout)
+    return found
 
 
 def _read_in_halves(

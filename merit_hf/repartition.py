@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.groups import GRADIENT_SPLITS
+from merit_hf.measure import stored_readouts
 from merit_hf.mixture import PreparedDataset, check_against_plan, plan_specs
 from merit_hf.overrides import apply_override
 from merit_hf.plan import PartitionPlan
@@ -102,24 +103,6 @@ class _Repartitioner(MeritPlanner):
         if self.config.plan.split not in GRADIENT_SPLITS:
             return [], 0.0
         return stored_readouts(self.source, [dataset.name for dataset in prepared]), 0.0
-
-
-def stored_readouts(plan: PartitionPlan, names: Sequence[str]) -> list[GradientReadout]:
-    """The read-outs that a plan holds of its datasets `names`. Nothing is measured, so their cost is 0 tokens."""
-    sketches = plan.load_sketches()
-    assert sketches is not None
-    place = {name: row for row, name in enumerate(plan.names)}
-    found = []
-    for name in names:
-        dataset = plan.datasets[place[name]]
-        assert dataset.gradient_norm is not None
-        assert dataset.base_loss is not None
-        found.append(
-            GradientReadout(
-                sketches[place[name]], dataset.gradient_norm, dataset.base_loss, dataset.num_sampled, 0, 0, 0
-            )
-        )
-    return found
 
 
 def _config(

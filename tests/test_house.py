@@ -139,7 +139,6 @@ ROAD = [
     "cli_options",
     "cli_plan",
     "cli_hub",
-    "cli_plan",
     "cli",
 ]
 # A plan is saved with its card and its figures, which are made of a plan.
