@@ -283,7 +283,7 @@ def processes_section(folder: Path, scratch: Path) -> str:
         'num_processes: 2\nmixed_precision: "no"\n'
     )
     found = []
-    for count in (1, 2, 2, 1):
+    for count in (1, 2):
         launch = ["--config_file", str(config)] if count == 2 else ["--cpu", "--num_processes", "1"]
         output = scratch / f"plan-{len(found)}"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *launch,

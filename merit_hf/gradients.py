@@ -89,8 +89,7 @@ def dataset_gradient(
     `token_mean`: Σ loss over all rows ÷ number of loss tokens. `example_mean`: mean over rows of a row's own token
     mean, for which every row is a batch. `on_batch` is told the tokens of each finished batch. Where the model is
     sharded over processes, each runs its part of the batches, and all return the same. With `precondition`, entries
-    are divided by those of the same name before they are sketched, and parameters that are not in it are left out; the
-    norm stays the gradient's own.
+    are divided by those of the same name before they are read out, and parameters that are not in it are left out.
 
     Raises:
         MeritError: no row has a loss token, or the gradient is not finite.
@@ -147,12 +146,12 @@ class _Reader:
         if parameter.grad is None:
             return
         gradient, offset = sharded.local_part(parameter.grad)
-        if self._precondition is None:
-            self._sketch.add(self._vector, name, gradient, offset)
-        elif name in self._precondition:
+        if self._precondition is not None and name in self._precondition:
             entries = self._precondition[name].reshape(-1)[offset : offset + gradient.numel()]
-            self._sketch.add(self._vector, name, gradient.reshape(-1) / entries, offset)
-        self._square += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+            gradient = gradient.reshape(-1) / entries
+        if self._precondition is None or name in self._precondition:
+            self._sketch.add(self._vector, name, gradient, offset)
+            self._square += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
         parameter.grad = None
 
     def take_each(self) -> Iterator[torch.utils.hooks.RemovableHandle]:

@@ -35,9 +35,12 @@ def test_a_point_is_the_sum_of_the_models_that_transformers_loads(name: str, tmp
     model = load_model(folders[0], args)
     loaded = [load_model(folder, args).state_dict() for folder in folders]
     sources = dict(zip(LABELS, align(folders[0], folders[1:]), strict=True))
-    assert not holds_the_same_tensors(model, sources["base"])
-    scratch.mkdir(parents=True)
-    (scratch / "of a call that was killed").touch()
+    # Where names alone differ, tensors are set under the names that they are saved under; nothing is written out.
+    is_rewritten = name != "GPT-NeoX"
+    assert holds_the_same_tensors(model, sources["base"]) != is_rewritten
+    if is_rewritten:
+        scratch.mkdir(parents=True)
+        (scratch / "of a call that was killed").touch()
     with under_the_models_names(model, sources, args, scratch, QUIET) as renamed:
         mover = Mover(model, renamed)
         mover.move_to(Point.of({"base": 0.2, "group-0": 1.1, "group-1": -0.3}))

@@ -266,7 +266,9 @@ def test_adam_preconditioning_by_measured_moments(mixture: Path, planned: Callab
     few = ("plan.precondition=adam", "plan.precondition_batches=3")
     plain, adam = planned(), planned(*few)
     assert not np.allclose(plain.load_sketches(), adam.load_sketches())
-    assert [d.gradient_norm for d in plain.datasets] == pytest.approx([d.gradient_norm for d in adam.datasets])
+    read = planned("plan.sketch=exact", *few)
+    norms = np.linalg.norm(read.load_sketches(), axis=1)
+    assert [d.gradient_norm for d in read.datasets] == pytest.approx(norms.tolist(), rel=1e-4), "of what is compared"
     # The exact read-out is the gradient, divided entry by entry.
     exact = planned("plan.sketch=exact").load_sketches()
     divided = planned("plan.sketch=exact", *few).load_sketches()

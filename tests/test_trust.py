@@ -130,7 +130,7 @@ def test_the_last_sentence_of_the_summary_says_it_in_words(case: str) -> None:
 def test_the_sentences_before_it() -> None:
     plan = card_plan(["alpha", "be|ta", "gamma", "delta"])
     plan.trust = TOLD["follow"] | {"debias": {"uncorrected": ["be|ta"], "clipped_pairs": 3}}
-    plan.trust["reliability"]["lowest_dataset"] = "be|ta"
+    plan.trust["reliability"] = {**plan.trust["reliability"], "lowest_dataset": "be|ta"}
     probabilities = [1.0, 0.55, 0.799, 0.8]
     plan.datasets = [
         replace(dataset, group_probability=share) for dataset, share in zip(plan.datasets, probabilities, strict=True)
@@ -361,7 +361,8 @@ def test_splits_without_gradients_claim_nothing(split: str, mixture: Path, tmp_p
 class Stopped(MeritPlanner):
     """Stops when all gradients are there and the plan is not."""
 
-    def _axes(self, *args: Any) -> dict[str, Any]:
+    def _measure(self, *args: Any) -> Any:
+        super()._measure(*args)
         raise KeyboardInterrupt
 
 

@@ -53,8 +53,8 @@ class Mover:
     def __init__(self, model: torch.nn.Module, sources: Mapping[str, TensorSource]) -> None:
         self._sources = dict(sources)
         self._targets = _targets(model, self._sources["base"])
-        saved = saved_names(model)
-        self._parameters = {saved[name]: p for name, p in model.named_parameters(remove_duplicate=False)}
+        names = _stored_names(model, self._sources["base"])
+        self._parameters = {names[name]: p for name, p in model.named_parameters(remove_duplicate=False)}
         self.names = sorted(self._targets)
         self.sizes = np.array([self._targets[name].numel() for name in self.names])
 
@@ -143,10 +143,17 @@ def holds_the_same_tensors(model: torch.nn.Module, base: TensorSource) -> bool:
     return True
 
 
+def _stored_names(model: torch.nn.Module, base: TensorSource) -> dict[str, str]:
+    """{name in the model: name in the checkpoint}: the model's own names, or those that it saves them under."""
+    held = list(model.state_dict())
+    stored = {name for name, info in base.tensors.items() if info.dtype in FLOATS}
+    return {name: name for name in held} if stored <= set(held) else saved_names(model)
+
+
 def _targets(model: torch.nn.Module, base: TensorSource) -> dict[str, torch.Tensor]:
     """The model's own floating tensors by name, a tied one under its first name."""
-    saved = saved_names(model)
-    held = {saved[name]: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    names = _stored_names(model, base)
+    held = {names[name]: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     stored = {name for name, info in base.tensors.items() if info.dtype in FLOATS}
     places: dict[int, list[str]] = {}
     for name, tensor in held.items():
