@@ -151,7 +151,9 @@ def _estimate(
         config.plan.tokens_per_batch, config.plan.low_memory or False, config.plan.gradient_checkpointing
     )
     # At most all tokens of a batch bear a loss.
-    memory = estimate_memory(model, settings.tokens_per_batch, settings.tokens_per_batch, settings)
+    autocast = 2 if args.bf16 or args.fp16 else None
+    batch_tokens = settings.tokens_per_batch
+    memory = estimate_memory(model, batch_tokens, batch_tokens, settings, activation_width=autocast)
     total, num_trained = sum(p.numel() for p in parameters), sum(p.numel() for _, p in trained)
     needs_gradients = config.plan.split in GRADIENT_SPLITS
     batch = int(identity_fields(args)["effective_batch_size"])

@@ -116,10 +116,15 @@ def measure_gradients(
     if len(missing) < len(jobs):
         progress.note(f"going on: {len(jobs) - len(missing)} of {len(jobs)} gradients are there already")
     precondition = None
+    if worker.shards and section.precondition != "none":
+        raise ConfigError(
+            f"plan.precondition={section.precondition} is measured on whole models, and this launch shards the model "
+            "over processes. Use a config without FSDP or DeepSpeed, or leave it out."
+        )
     if missing and section.precondition == "adam":
         precondition = adam_denominators(prepared, model, tokenizer, args, section, root, progress)
     tokens = sum(job.num_tokens() for job in missing)
-    settings = _settings(model, missing, section, worker)
+    settings = _settings(model, missing, args, section, worker)
     if settings.low_memory and section.low_memory is None:
         progress.note("the gradients of all parameters would not fit beside the model: plan.low_memory is on")
     with progress.stage("Gradients", total=tokens, unit="tokens") as stage:
@@ -153,7 +158,9 @@ def plan_sketch(section: PlanSection, parameters: Sequence[tuple[str, int]]) -> 
         raise ConfigError(f"plan.sketch_dim={dim}: {error}. Raise it, or leave plan.sketch_by_layer out.") from error
 
 
-def _settings(model: PreTrainedModel, jobs: Sequence[_Job], section: PlanSection, worker: Worker) -> GradientSettings:
+def _settings(
+    model: PreTrainedModel, jobs: Sequence[_Job], args: SFTConfig, section: PlanSection, worker: Worker
+) -> GradientSettings:
     """How to run the passes so that they fit into memory; ConfigError where they cannot."""
     wanted = GradientSettings(section.tokens_per_batch, section.low_memory or False, section.gradient_checkpointing)
     sizes = []
@@ -164,7 +171,9 @@ def _settings(model: PreTrainedModel, jobs: Sequence[_Job], section: PlanSection
             sizes.append((len(batch) * max(lengths[i] for i in batch), sum(loss_tokens[i] for i in batch)))
     if not sizes:
         return wanted
-    return fitting_settings(model, sizes, wanted, section.low_memory, worker.world_size if worker.shards else 1)
+    sharing = worker.world_size if worker.shards else 1
+    autocast = 2 if args.bf16 or args.fp16 else None
+    return fitting_settings(model, sizes, wanted, section.low_memory, sharing, autocast)
 
 
 def keep_readouts(

@@ -49,12 +49,18 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: PreTrainedModel, num_tokens: int, num_loss_tokens: int, settings: GradientSettings, world_size: int = 1
+    model: PreTrainedModel,
+    num_tokens: int,
+    num_loss_tokens: int,
+    settings: GradientSettings,
+    world_size: int = 1,
+    activation_width: int | None = None,
 ) -> MemoryEstimate:
     """What one micro-batch of `num_tokens` (padding included), of which `num_loss_tokens` bear a loss, will take.
 
     Args:
         world_size: the processes that share the model's weights and gradients.
+        activation_width: bytes of a number in activations: 2 under autocast. Default: the weights'.
     """
     sizes = [parameter.numel() * parameter.element_size() for _, parameter in trained_parameters(model)]
     gradients = (max(sizes) if settings.low_memory else sum(sizes)) // world_size
@@ -64,7 +70,7 @@ def estimate_memory(
     layer = _HIDDEN_VECTORS * hidden + _INNER_VECTORS * inner
     num_layers = config.num_hidden_layers
     kept = num_layers * hidden + layer if settings.gradient_checkpointing else num_layers * layer
-    width = model.dtype.itemsize
+    width = activation_width or model.dtype.itemsize
     return MemoryEstimate(
         gradients=gradients,
         activations=num_tokens * kept * width,
@@ -86,12 +92,14 @@ def fitting_settings(
     settings: GradientSettings,
     low_memory: bool | None,
     world_size: int = 1,
+    activation_width: int | None = None,
 ) -> GradientSettings:
     """`settings`, with low memory where the gradients would not fit otherwise and nobody has decided about it.
 
     Args:
         batches: (tokens with padding, loss tokens) of every micro-batch.
         low_memory: as CONFIG says; None leaves it to what fits.
+        world_size, activation_width: see [`estimate_memory`].
 
     Raises:
         ConfigError: it would not fit either way, with what would help.
@@ -100,7 +108,7 @@ def fitting_settings(
     choices = [False, True] if low_memory is None else [low_memory]
     for choice in choices:
         chosen = replace(settings, low_memory=choice)
-        estimate = estimate_memory(model, tokens, loss_tokens, chosen, world_size)
+        estimate = estimate_memory(model, tokens, loss_tokens, chosen, world_size, activation_width)
         if estimate.fits:
             return chosen
     raise ConfigError(_too_large(estimate, tokens, chosen))
