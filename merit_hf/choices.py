@@ -6,6 +6,9 @@ from typing import Any
 
 from merit_hf.errors import ConfigError
 
+# Token weights of a merge by name; anything else names a file.
+WEIGHTINGS = ("tokens", "loss_tokens", "uniform")
+
 
 def check_choices(plan: Any, num_datasets: int, source: str) -> None:
     """Keys of a PlanSection that mean something only beside another one.

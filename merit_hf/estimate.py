@@ -182,7 +182,7 @@ def _estimate(
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
         gradient_bytes=memory.gradients,
         activation_bytes=memory.activations + memory.logits,
-        plan_bytes=2 * 4 * len(examples) * sketch.dim if needs_gradients else 0,
+        plan_bytes=2 * 2 * 4 * len(examples) * sketch.dim if needs_gradients else 0,
         checkpoint_bytes=config.num_groups * saved,
         group_tokens=group_tokens,
         # Forward and the backward through activations take 2 operations a parameter and token each, the weights'

@@ -28,7 +28,7 @@ from merit_hf.extension import check_base, check_template, new_config, plan_conf
 from merit_hf.findings import planned_datasets
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups
 from merit_hf.measure import measure_gradients
-from merit_hf.mixture import PreparedDataset, plan_specs, prepare_mixture, read_mixture
+from merit_hf.mixture import PreparedDataset, name_images, plan_specs, prepare_mixture, read_mixture
 from merit_hf.plan import PartitionPlan, PlannedDataset, PlannedGroup, canonical_sha256
 from merit_hf.planner import MeritPlanner, save_plan
 from merit_hf.progress import Progress
@@ -175,6 +175,7 @@ class _Projection:
                 f"dataset `{pictured[0]}` holds images, and the plan was made without the base's image processor. Use "
                 "--mode refit, or leave it out."
             )
+        self.config = name_images(self.config, loaded, args)
         inputs = canonical_sha256(
             {
                 "parent": plan.sha256,

@@ -52,23 +52,30 @@ def new_config(plan: PartitionPlan, entries: list[dict[str, Any]], source: str) 
     taken = sorted({str(entry.get("name")) for entry in entries} & set(plan.names))
     if taken:
         raise ConfigError(f"{source}: the plan has a dataset `{taken[0]}` already. Give the new one another name.")
-    return plan_config(plan, entries, source, None)
+    return plan_config(plan, entries, source, None, as_planned=False)
 
 
 def plan_config(
-    plan: PartitionPlan, entries: list[dict[str, Any]], source: str, num_groups: int | None
+    plan: PartitionPlan, entries: list[dict[str, Any]], source: str, num_groups: int | None, as_planned: bool = True
 ) -> MeritConfig:
-    """A CONFIG of any datasets under the plan's settings, with this machine's paths."""
+    """A CONFIG of any datasets under the plan's settings, with this machine's paths.
+
+    `as_planned`: in as many groups, of the same shares, as the plan's.
+    """
     content = {key: value for key, value in plan.config.items() if key in _SECTIONS and value is not None}
     pinned = plan.base["repo_id"] is not None
     content["base"] = {
         "model_name_or_path": plan.base["repo_id"] if pinned else str(plan.base_folder()),
         **({"revision": plan.base["revision"]} if pinned else {}),
+        "freeze": plan.base.get("freeze", []),
     }
     content["datasets"] = entries
-    content["plan"] = {**plan.config["plan"], "num_groups": num_groups}
+    content["plan"] = {**plan.config["plan"], **plan.local.get("plan", {}), "num_groups": num_groups}
+    if not as_planned:
+        content["plan"] |= {"num_groups": None, "group_shares": None}
     content["sft"] = {**plan.config["sft"], **plan.local.get("sft", {})}
-    weights = plan.local.get("merge_weights") or plan.config["merge"]["weights"]
+    planned = plan.config["merge"]["weights"]
+    weights = plan.local.get("merge_weights") or ("tokens" if planned == "file" else planned)
     content["merge"] = {**plan.config["merge"], "weights": weights}
     return MeritConfig.from_dict(content, source, Path(plan.local.get("root", ".")))
 
@@ -98,6 +105,11 @@ def _check_section(section: str, given: Mapping[str, Any], plan: PartitionPlan, 
         name, revision = str(given["model_name_or_path"]), given.get("revision")
         folder, _, _ = resolve_model(name, revision, root, "base.model_name_or_path")
         check_base(plan, folder, f"{source}: base.model_name_or_path={name}")
+        if "freeze" in given and sorted(given["freeze"]) != plan.base.get("freeze", []):
+            raise ConfigError(
+                f"{source}: base.freeze={given['freeze']}, the plan's is {plan.base.get('freeze', [])}. Leave it out, "
+                "or plan again."
+            )
         return
     planned = plan.config.get(section) or {}
     for key, value in given.items():

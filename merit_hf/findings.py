@@ -58,11 +58,15 @@ def partition_mixture(
     affinity = given_affinity(config, names)
     points = text_points(config, prepared, tokenizer)
     tags = {spec.name: spec.tag for spec in config.datasets}
-    # Groups of re-drawn samples need not keep a bound that some of them could not keep.
     unbounded = config.plan.model_copy(update={"max_imbalance": None})
 
     def split_again(matrix: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        return split_datasets([prepared[i] for i in chosen], tags, matrix, unbounded, config.num_groups)
+        some = [prepared[i] for i in chosen]
+        try:
+            return split_datasets(some, tags, matrix, config.plan, config.num_groups)
+        except MeritError:
+            # Some groups of re-drawn samples cannot keep the bound that the plan's groups keep.
+            return split_datasets(some, tags, matrix, unbounded, config.num_groups)
 
     looked_at = matrix if affinity is None else affinity
     groups = split_datasets(prepared, tags, looked_at, config.plan, config.num_groups, coordinates, points)

@@ -23,6 +23,7 @@ from merit_hf.config import ConfigError, MeritConfig
 from merit_hf.hub import resolve_model
 from merit_hf.resolved import first_difference
 from merit_hf.sft import build_args, identity_fields, load_tokenizer
+from merit_hf.vision import names_of_trained
 
 _TEMPLATE_NAME = "chat_template.jinja"
 # Of the run, or set by the planner.
@@ -62,6 +63,13 @@ def config_from_trainer(
         named, getattr(model.config, "_commit_hash", None), Path(), "the trainer's model"
     )
     _check_untrained(trainer, folder)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = sorted(names_of_trained(model) - trained)
+    if frozen:
+        raise ConfigError(
+            f"from_trainer: parameter `{frozen[0]}` is frozen ({len(frozen)} are). Write a CONFIG with base.freeze, "
+            "and plan from it."
+        )
     data_dir = Path(data_dir).resolve()
     data_dir.mkdir(parents=True, exist_ok=True)
     sft = _settings(args)

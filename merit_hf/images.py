@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def with_images(rows: datasets.Dataset, column: str, folder: Path | None, where:
     """
     feature = rows.features[column]
     plain = not isinstance(_inner(feature), datasets.Image)
+    if folder is None and not plain:
+        _check_arrived(rows, column, where)
     if feature == datasets.List(datasets.Image()) and not rows.data.column(column).null_count:
         return rows.rename_column(column, IMAGES) if column != IMAGES else rows
     if not plain:
@@ -106,11 +109,31 @@ def image_digests(images: Sequence[dict[str, Any]]) -> list[str]:
         content = image["bytes"]
         if content is None:
             try:
+                if not Path(image["path"]).is_file():
+                    raise FileNotFoundError("no such file")
                 content = Path(image["path"]).read_bytes()
             except OSError as error:
                 raise ConfigError(f"image {image['path']}: cannot be read: {error}. Restore it.") from error
         digests.append(hashlib.sha256(content).hexdigest())
     return digests
+
+
+def _check_arrived(rows: datasets.Dataset, column: str, where: str) -> None:
+    """Raises ConfigError where rows from the Hub name an image that did not come with them: a file of this machine."""
+    downloads = os.getenv("HF_HUB_CACHE", os.path.join(datasets.config.HF_CACHE_HOME, "hub"))
+    caches = [Path(path).resolve() for path in (datasets.config.HF_DATASETS_CACHE, downloads)]
+    number = 0
+    for table in rows.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS_AT_A_TIME):
+        for value in table.column(column).to_pylist():
+            for image in [] if value is None else value if isinstance(value, list) else [value]:
+                if image is not None and image["bytes"] is None:
+                    file = Path(image["path"] or "").resolve()
+                    if not any(file.is_relative_to(cache) for cache in caches):
+                        raise ConfigError(
+                            f"{where}.images={column!r}, row {number}: names {image['path']!r}, which did not come "
+                            "with the dataset. Give one that holds its images."
+                        )
+            number += 1
 
 
 def _inner(feature: Any) -> Any:

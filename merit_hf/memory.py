@@ -82,7 +82,9 @@ def estimate_memory(
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be had on `device`."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps for reuse counts as used there.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return int(psutil.virtual_memory().available)
 
 

@@ -10,7 +10,7 @@ import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from merit_hf.config import ConfigError, DatasetSection, MeritError
+from merit_hf.config import ConfigError, DatasetSection, MeritConfig, MeritError
 from merit_hf.data import LoadedDataset, TokenCounts, count_tokens, format_digest, load_rows
 from merit_hf.plan import PartitionPlan, PlannedDataset
 from merit_hf.progress import Progress
@@ -70,6 +70,16 @@ def read_mixture(
     if not loaded:
         raise ConfigError("no dataset has any rows. Check `path` and `split` of the datasets.")
     return loaded, skipped
+
+
+def name_images(config: MeritConfig, loaded: Sequence[LoadedDataset], args: SFTConfig) -> MeritConfig:
+    """CONFIG with the columns in which images were found named, so that a plan of it says so; checks them too."""
+    found = {dataset.name: dataset.images for dataset in loaded if dataset.images}
+    if not found:
+        return config
+    check_images(loaded, args)
+    entries = [spec.model_copy(update={"images": found.get(spec.name, spec.images)}) for spec in config.datasets]
+    return config.model_copy(update={"datasets": entries})
 
 
 def check_images(loaded: Sequence[LoadedDataset], args: SFTConfig) -> None:

@@ -34,7 +34,7 @@ from merit_hf.gradients import trained_parameters
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups
 from merit_hf.hub import resolve_model
 from merit_hf.measure import keep_readouts, measure_gradients
-from merit_hf.mixture import PreparedDataset, check_images, prepare_mixture, read_mixture
+from merit_hf.mixture import PreparedDataset, name_images, prepare_mixture, read_mixture
 from merit_hf.oversized import planned_parts, with_parts
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress
@@ -148,6 +148,9 @@ class MeritPlanner:
 
         model = load_model(folder, args, self.config.peft, base.get("freeze", ()))
         peft = model_settings(model) or {}
+        if self.worker.shards and self.config.plan.split in GRADIENT_SPLITS:
+            # Before a Trainer would put the whole of it on one device.
+            shard_model(model)
         prepared, dropped = prepare_mixture(loaded, model, tokenizer, args, self.progress)
         self._check_group_count(len(prepared), skipped | dropped)
         prepared = self._cut_oversized(prepared, model, tokenizer, args)
@@ -193,7 +196,8 @@ class MeritPlanner:
             self.worker.wait(until=output.exists)
             return PartitionPlan.from_pretrained(output)
         firsts = [readout.first_half for readout in readouts if readout.first_half is not None]
-        return save_plan(plan, [readout.sketch for readout in readouts], part, output, first_halves=firsts)
+        sketches = [readout.sketch for readout in readouts]
+        return save_plan(plan, sketches, part, output, first_halves=firsts if len(firsts) == len(sketches) else ())
 
     def _cut_oversized(
         self,
@@ -225,10 +229,7 @@ class MeritPlanner:
                 f"datasets.{name}.images={column!r}, but the base {self.config.base.model_name_or_path} reads no "
                 "images. Give a base that does (image-text-to-text), or leave `images` out to train on the text alone."
             )
-        if found:
-            check_images(loaded, args)
-            entries = [s.model_copy(update={"images": found.get(s.name, s.images)}) for s in self.config.datasets]
-            self.config = self.config.model_copy(update={"datasets": entries})
+        self.config = name_images(self.config, loaded, args)
         return loaded, skipped
 
     def _locate_base(self) -> tuple[Path, str | None, str | None]:
@@ -276,11 +277,10 @@ class MeritPlanner:
     ) -> tuple[list[GradientReadout], float]:
         if self.config.plan.split not in GRADIENT_SPLITS:
             return [], 0.0
-        if self.worker.shards:
-            shard_model(model)
         # A process that is late finds the folder gone again, and the plan in its place.
         self.worker.wait(until=lambda: folder.exists() or output.exists())
-        if self.parent is not None:
+        moments_change = self.config.plan.precondition == "adam" and self.config.plan.optimizer_state is None
+        if self.parent is not None and not moments_change:
             keep_readouts(self.parent, prepared, args, self.config.plan, folder, peft, self.config.root)
         return measure_gradients(
             prepared,

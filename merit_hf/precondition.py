@@ -8,6 +8,7 @@ tensor: an entry that no batch happened to touch has a second moment of zero, no
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from merit_hf.config import ConfigError, MeritError, PlanSection
 from merit_hf.data import seed_of
 from merit_hf.gradients import batch_by_tokens, sample_indices, trained_model, trained_parameters
-from merit_hf.loss import loss_sum
+from merit_hf.loss import loss_sum, recomputing
 from merit_hf.mixture import PreparedDataset
 from merit_hf.progress import Progress
 from merit_hf.sft import collate, identity_fields, open_loss
@@ -87,7 +88,8 @@ def measured_moments(
     with progress.stage("Second moments", total=len(batches)) as stage:
         for indices in batches:
             batch_rows = rows.select(indices)
-            with open_loss(model, tokenizer, args, batch_rows) as trainer:
+            recompute = recomputing(model) if section.gradient_checkpointing else contextlib.nullcontext()
+            with open_loss(model, tokenizer, args, batch_rows) as trainer, recompute:
                 micro = batch_by_tokens([len(ids) for ids in batch_rows["input_ids"]], section.tokens_per_batch)
                 model_in_use = trained_model(trainer)
                 model_in_use.zero_grad(set_to_none=True)

@@ -27,6 +27,7 @@ from merit_hf.readouts import GradientReadout
 # What of `plan` the read-outs were made with.
 _MEASURED = (
     "num_samples", "sketch", "sketch_dim", "stride", "reduction", "tokens_per_batch", "seed", "precondition",
+    "sketch_by_layer", "min_reliability", "max_num_samples",
     "optimizer_state", "precondition_batches", "split_oversized",
 )  # fmt: skip
 _GIVEN_COUNT = ("joint", "by_tag")
@@ -124,7 +125,7 @@ def _config(
         {"model_name_or_path": str(plan.base_folder())}
         if base["repo_id"] is None
         else {"model_name_or_path": base["repo_id"], "revision": base["revision"]}
-    )
+    ) | {"freeze": base.get("freeze", [])}
     content["sft"] |= plan.local.get("sft", {})
     if content["merge"]["weights"] == "file":
         content["merge"]["weights"] = plan.local.get("merge_weights") or "tokens"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from merit_hf.choices import WEIGHTINGS as WEIGHTINGS
 from merit_hf.config import MeritConfig
 from merit_hf.data import is_local
 
@@ -12,7 +13,6 @@ from merit_hf.data import is_local
 _SFT_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 # Keys of `plan` that may hold the path of a file or a folder.
 _PLAN_FILES = ("affinity", "embedding_model", "optimizer_state")
-WEIGHTINGS = ("tokens", "loss_tokens", "uniform")
 
 
 def published_config(config: MeritConfig) -> dict[str, Any]:

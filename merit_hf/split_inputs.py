@@ -101,7 +101,10 @@ def cut_oversized(
         return config, list(prepared)
     sizes = {dataset.name: dataset_size(dataset, section.balance) for dataset in prepared}
     examples = {dataset.name: dataset.counts.num_examples for dataset in prepared}
+    # A part is what a cut left; cutting it again would take rows of the whole.
+    whole = {spec.name for spec in config.datasets if spec.part is None}
     parts = oversized_parts(sizes, examples, section.group_shares or [1.0] * config.num_groups)
+    parts = {name: count for name, count in parts.items() if name in whole}
     if not parts:
         return config, list(prepared)
     config = with_parts(config, parts)

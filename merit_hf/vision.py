@@ -101,6 +101,15 @@ def frozen_tensors(folder: Path, prefixes: Sequence[str]) -> set[str]:
     return {names[name] for name in frozen}
 
 
+def image_tensors(folder: Path) -> set[str]:
+    """Names, in the files of the checkpoint in `folder`, of the tensors that are not the language model's."""
+    model = auto_class(folder).from_pretrained(str(folder), device_map="meta", trust_remote_code=False)
+    parts = [model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()]
+    text = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    names = saved_names(model)
+    return {names[name] for name, parameter in model.named_parameters() if id(parameter) not in text}
+
+
 def saved_names(model: Any) -> dict[str, str]:
     """{name in the model: name in a checkpoint's files} of its tensors; the same where saving rearranges them."""
     held = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}

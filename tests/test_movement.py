@@ -146,7 +146,7 @@ def synthetic(cosine: float, ratio: float = 1.0) -> Movement:
     squares = np.diag(gram)[:, None].copy()
     return Movement(
         ["w"], np.array([1_000_000]), squares, np.sqrt(squares) / 50, np.ones(1), gram, np.ones(2, bool),
-        [["F32"]] * 2, np.zeros(1, bool),
+        [["F32"]] * 2, np.zeros(1, bool), np.zeros(1, bool),
     )  # fmt: skip
 
 

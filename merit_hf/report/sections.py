@@ -294,7 +294,7 @@ def in_short(run: RunFolder, training: Mapping[str, Any], merge: Mapping[str, An
         f"{plural(len(plan.datasets), 'dataset')} ({summed_tokens(plan)} tokens a pass) were split into "
         f"{plural(plan.num_groups, 'group')}, {how_split(plan)}."
     ]
-    if plan.conflict_matrix is not None and len(plan.datasets) > 1:
+    if plan.is_measured and len(plan.datasets) > 1:
         lines.append(verdict_sentence(plan))
     done = sum(model.manifest["status"] == "complete" for model in run.groups.values())
     if run.groups:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from merit_hf.choices import WEIGHTINGS
 from merit_hf.config import MeritError
 from merit_hf.identity import DERIVED_FIELDS, IDENTITY_FIELDS
 from merit_hf.sharing.registry import is_commit, is_repo_id
@@ -75,20 +76,15 @@ def vet_plan(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     # Files of this machine are named by its user, never by a plan from elsewhere.
     section = {**config["plan"], "affinity": None, "optimizer_state": None}
     encoder = section.get("embedding_model")
-    if encoder is not None and not (isinstance(encoder, str) and is_repo_id(encoder)):
+    # A local encoder is published as "file".
+    if encoder is not None and (encoder == "file" or not (isinstance(encoder, str) and is_repo_id(encoder))):
         section["embedding_model"] = None
-    trust = _as_words(content.get("trust") or {})
-    vetted = {**config, "plan": section, "datasets": entries, "sft": sft}
-    return {**content, "config": vetted, "trust": trust if isinstance(trust, dict) else {}}
-
-
-def _as_words(value: Any) -> Any:
-    """`value` with nothing in it but numbers, single lines of text, lists and mappings of them."""
-    if isinstance(value, Mapping):
-        return {one_line(str(key), 60): _as_words(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_as_words(entry) for entry in value]
-    return one_line(value, 200) if isinstance(value, str) else value
+    merge = config["merge"]
+    if merge.get("weights") not in WEIGHTINGS:
+        merge = {**merge, "weights": "tokens"}
+    vetted = {**config, "plan": section, "datasets": entries, "sft": sft, "merge": merge}
+    # How far to trust a plan is not for its author to say.
+    return {**content, "config": vetted, "trust": {}}
 
 
 def check_pinned(repo_id: str | None, revision: str | None, name: str, where: str) -> None:

@@ -45,7 +45,8 @@ class Movement:
     """Δ = θ_k − θ0 of K checkpoints over T floating tensors.
 
     Attributes:
-        names: of the tensors. sizes: int64 [T], elements. frozen: bool [T], not to be trained.
+        names: of the tensors. sizes: int64 [T], elements. frozen: bool [T], not to be trained. images: bool [T], read
+            images, so that text alone does not move them.
         squares: float64 [K, T], ‖Δ‖². largest: float64 [K, T], max |Δ|.
         scale: float64 [T], max |θ0|. gram: float64 [K, K], inner products of the Δ.
         finite: bool [K]. dtypes: [K][T].
@@ -60,17 +61,22 @@ class Movement:
     finite: np.ndarray
     dtypes: list[list[str]]
     frozen: np.ndarray
+    images: np.ndarray
 
 
 def measure_movement(
-    base: Path, folders: Sequence[Path], file: str | None = None, frozen: Collection[str] = ()
+    base: Path,
+    folders: Sequence[Path],
+    file: str | None = None,
+    frozen: Collection[str] = (),
+    images: Collection[str] = (),
 ) -> Movement:
     """Read base and checkpoints once.
 
     Args:
         file: read just this file of every checkpoint, an adapter's. Its B factors start at zero and are what moves; of
             the A factors, whose random start is not stored, only finiteness is looked at.
-        frozen: tensors that the plan does not train.
+        frozen: tensors that the plan does not train. images: those that read images.
     """
     origin = read_tensor_index(base) if file is None else {}
     indices = [read_tensor_index(folder, file) for folder in folders]
@@ -98,8 +104,8 @@ def measure_movement(
                     scale[column] = max(scale[column], float(at.abs().max()))
     sizes = np.array([indices[0][name].num_elements for name in names], dtype=np.int64)
     dtypes = [[index[name].dtype for name in names] for index in indices]
-    still = np.array([name in frozen for name in names], dtype=bool)
-    return Movement(names, sizes, squares, largest, scale, gram, finite, dtypes, still)
+    marks = [np.array([name in marked for name in names], dtype=bool) for marked in (frozen, images)]
+    return Movement(names, sizes, squares, largest, scale, gram, finite, dtypes, *marks)
 
 
 def movement_checks(
@@ -163,8 +169,7 @@ def _frozen(movement: Movement, k: int) -> Check:
 
 def _moved(movement: Movement, k: int, blind: bool) -> Check:
     still = movement.squares[k] == 0
-    # Which tensors read images is not known here, and how many there are beside the others differs widely.
-    sizes = np.where(movement.frozen | (still & blind), 0, movement.sizes)
+    sizes = np.where(movement.frozen | (movement.images & still & blind), 0, movement.sizes)
     share = float(sizes[~still].sum() / max(1, sizes.sum()))
     wanted = "most parameters lie in tensors that left the base"
     found = f"{100 * share:.0f} % do, displacement {math.sqrt(movement.squares[k].sum()):.4g}"
@@ -200,14 +205,11 @@ def _displacement(movement: Movement, k: int, others: Sequence[int], steps: Sequ
 def _shape(movement: Movement, k: int, others: Sequence[int], factor: float, blind: Collection[int]) -> Check:
     """Tensor by tensor, as a share of the whole move: one that was exchanged stands out, one that was left, too.
 
-    Of a group without images, and against one, only the tensors that both trained are compared.
+    Of a group without images, and against one, the tensors that read images are left out.
     """
-    squares = movement.squares.copy()
-    for j in others:
-        if k in blind or j in blind:
-            unseen = (squares[k] == 0) | (movement.squares[j] == 0)
-            squares[j][unseen] = squares[k][unseen]
-    norms = np.sqrt(movement.squares.sum(axis=1))
+    left_out = movement.images & bool({k, *others} & set(blind))
+    squares = np.where(left_out, 0.0, movement.squares)
+    norms = np.maximum(np.sqrt(squares.sum(axis=1)), np.finfo(float).tiny)
     share = np.sqrt(squares[k]) / norms[k]
     typical = np.median([np.sqrt(squares[j]) / norms[j] for j in others], axis=0)
     ratio = np.maximum(share, _SMALL) / np.maximum(typical, _SMALL)

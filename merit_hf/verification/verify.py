@@ -111,7 +111,7 @@ def _fetched(plan: PartitionPlan, result: Verified) -> Verified:
 def _with_weights(plan: PartitionPlan, results: Sequence[Verified], count: int) -> list[Verified]:
     from merit_hf.verification.behaviour import side_checks
     from merit_hf.verification.movement import measure_movement, movement_checks
-    from merit_hf.vision import frozen_tensors
+    from merit_hf.vision import frozen_tensors, image_tensors
 
     sound = [result for result in results if result.ok and result.folder is not None and result.group is not None]
     if not sound:
@@ -120,7 +120,8 @@ def _with_weights(plan: PartitionPlan, results: Sequence[Verified], count: int) 
     folders = [result.folder for result in sound if result.folder is not None]
     file = ADAPTER_NAME if (folders[0] / ADAPTER_NAME).exists() else None
     freeze = plan.base.get("freeze", ())
-    movement = measure_movement(base, folders, file, frozen_tensors(base, freeze) if freeze else ())
+    frozen = frozen_tensors(base, freeze) if freeze else ()
+    movement = measure_movement(base, folders, file, frozen, image_tensors(base) if plan.has_images else ())
     numbers = [result.group for result in sound if result.group is not None]
     steps = [plan.group(number).num_steps for number in numbers]
     blind = [k for k, number in enumerate(numbers) if plan.has_images and not plan.sees_images(number)]
