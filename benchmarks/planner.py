@@ -67,21 +67,24 @@ def main() -> None:
     parser.add_argument("--bergson", type=Path, help="folder with EleutherAI's bergson (see planner_bergson.py)")
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="planner-"))
-    try:
-        model, tokenizer, args, mixture = quickstart(options.quickstart)
-        sections = [
-            speed_section(model, tokenizer, args, mixture, options.rounds),
-            sketch_section(model, tokenizer, args, mixture),
-            memory_section(options.quickstart),
-            processes_section(options.quickstart, scratch),
-            bergson_section(options.quickstart, options.bergson, scratch),
-        ]
-    finally:
-        shutil.rmtree(scratch)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     scale = options.output.with_name("planner_scale.md")
-    many = [scale.read_text(encoding="utf-8")] if scale.exists() else []
-    options.output.write_text("\n\n".join([head(), *sections, *many]) + "\n", encoding="utf-8")
+    many = [scale.read_text(encoding="utf-8").strip()] if scale.exists() else []
+    model, tokenizer, args, mixture = quickstart(options.quickstart)
+    made: list[str] = []
+    try:
+        for section in (
+            lambda: speed_section(model, tokenizer, args, mixture, options.rounds),
+            lambda: bergson_section(options.quickstart, options.bergson, scratch),
+            lambda: memory_section(options.quickstart),
+            lambda: sketch_section(model, tokenizer, args, mixture),
+            lambda: processes_section(options.quickstart, scratch),
+        ):
+            made.append(section())
+            # What is measured stays, should a later section be stopped.
+            options.output.write_text("\n\n".join([head(), *made, *many]) + "\n", encoding="utf-8")
+    finally:
+        shutil.rmtree(scratch)
 
 
 def head() -> str:

@@ -370,7 +370,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     model = load_model(mixture.parent / "base")
     assert estimate.num_parameters == sum(p.numel() for p in model.parameters())
     assert estimate.parameter_bytes == 4 * estimate.num_parameters
-    assert estimate.plan_bytes == 2 * 4 * 5 * 4096
+    assert estimate.plan_bytes == 2 * 2 * 4 * 5 * 4096
     assert sum(estimate.group_flop) == pytest.approx(6 * estimate.num_parameters * estimate.num_input_tokens, rel=1e-3)
     uneven = estimate_plan(
         MeritConfig.from_yaml(mixture, ["plan.group_shares=[3,1]", "plan.split=random", "plan.num_groups=null"]), QUIET
