@@ -44,19 +44,24 @@ TOKENS_PER_BATCH = 512
 NUM_SAMPLES = 200  # of `plan.num_samples`
 DIMS = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
 MEMORY = """
-import json, resource, sys
-from planner import quickstart
-folder, low_memory, checkpointing = sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "1"
+import json, sys
 from pathlib import Path
+from planner import quickstart
 from merit_hf.gradients import GradientSettings, dataset_gradient
 from merit_hf.sft import open_loss
 from merit_hf.sketch import CountSketch
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+folder, low_memory, checkpointing = sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "1"
 model, tokenizer, args, mixture = quickstart(Path(folder), only=["sql"])
-loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with open_loss(model, tokenizer, args, mixture[0].train) as trainer:
+    # Loading took more for a moment: the mark of the highest is set back.
+    Path("/proc/self/clear_refs").write_text("5")
+    loaded = resident("VmRSS")
     settings = GradientSettings(1024, low_memory, checkpointing)
     dataset_gradient(trainer, mixture[0].train, CountSketch(65536, 0), settings=settings)
-print(json.dumps([loaded * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([loaded, resident("VmHWM")]))
 """
 
 
