@@ -100,7 +100,7 @@ def head() -> str:
         "# The planner: speed, sketches, memory, processes\n\n"
         f"Written by `make bench-planner` after `make demo`. Hardware: {platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, float32 on CPU (no accelerator: bf16 is not measured here); load average "
-        f"of the last 15 minutes {load:.1f}. Versions: python {platform.python_version()}, {versions}."
+        f"of the last 15 minutes {load:.1f}. Versions: {versions}."
     )
 
 
