@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from merging import assert_nearest, load, mean64
+from merging import assert_nearest, load, mean64, needs_mergekit
 from tiny_models import MODELS, VALUE_HEAD, make_model
 
 from merit_hf.checkpoint import read_tensor_index
@@ -16,7 +15,6 @@ from merit_hf.config import MeritError
 from merit_hf.merge import MERGEKIT_CONFIG_NAME, merge_checkpoints
 
 WEIGHTS = [123456789, 45678901, 7654321]
-needs_mergekit = pytest.mark.skipif(importlib.util.find_spec("mergekit") is None, reason="needs the mergekit extra")
 # What mergekit loses or renames: the number of tensors, the first of them, and how many others it writes.
 LOST = {
     "Llama, attention and MLP biases": (14, "model.layers.0.mlp.down_proj.bias", 0),
