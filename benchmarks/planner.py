@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from planner_bergson import bergson_section
@@ -42,6 +43,12 @@ from merit_hf.versions import library_versions
 
 TOKENS_PER_BATCH = 512
 NUM_SAMPLES = 200  # of `plan.num_samples`
+NUM_TIMED = 40
+SECTIONS = ("Speed", "bergson", "Memory", "Sketches", "Two processes")
+HEAD = """# The planner: speed, sketches, memory, processes
+
+Written by `make bench-planner` after `make demo`, section by section. No accelerator was at hand: bf16 is
+not measured."""
 DIMS = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
 MEMORY = """
 import json, sys
@@ -71,36 +78,52 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bergson", type=Path, help="folder with EleutherAI's bergson (see planner_bergson.py)")
+    parser.add_argument(
+        "--only", choices=SECTIONS, action="append", help="measure this section again and keep the others; repeatable"
+    )
     options = parser.parse_args()
-    scratch = Path(tempfile.mkdtemp(prefix="planner-"))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     scale = options.output.with_name("planner_scale.md")
-    many = [scale.read_text(encoding="utf-8").strip()] if scale.exists() else []
-    model, tokenizer, args, mixture = quickstart(options.quickstart)
-    made: list[str] = []
+    scratch = Path(tempfile.mkdtemp(prefix="planner-"))
+    made = sections_of(options.output) if options.only else {}
     try:
-        for section in (
-            lambda: speed_section(model, tokenizer, args, mixture, options.rounds),
-            lambda: bergson_section(options.quickstart, options.bergson, scratch),
-            lambda: memory_section(options.quickstart),
-            lambda: sketch_section(model, tokenizer, args, mixture),
-            lambda: processes_section(options.quickstart, scratch),
-        ):
-            made.append(section())
+        for name in options.only or SECTIONS:
+            made[name] = measure(name, options, scratch) + f"\n\n{conditions()}"
             # What is measured stays, should a later section be stopped.
-            options.output.write_text("\n\n".join([head(), *made, *many]) + "\n", encoding="utf-8")
+            parts = [HEAD, *(made[name] for name in SECTIONS if name in made)]
+            parts += [scale.read_text(encoding="utf-8").strip()] if scale.exists() else []
+            options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     finally:
         shutil.rmtree(scratch)
 
 
-def head() -> str:
+def measure(section: str, options: argparse.Namespace, scratch: Path) -> str:
+    folder = options.quickstart
+    if section == "bergson":
+        return bergson_section(folder, options.bergson, scratch)
+    if section == "Memory":
+        return memory_section(folder)
+    if section == "Two processes":
+        return processes_section(folder, scratch)
+    model, tokenizer, args, mixture = quickstart(folder)
+    if section == "Speed":
+        return speed_section(model, tokenizer, args, mixture, options.rounds)
+    return sketch_section(model, tokenizer, args, mixture, scratch)
+
+
+def sections_of(page: Path) -> dict[str, str]:
+    """{heading: text} of an earlier result."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    parts = text.split("\n## ")[1:]
+    return {part.partition("\n")[0]: f"## {part.strip()}" for part in parts if part.partition("\n")[0] in SECTIONS}
+
+
+def conditions() -> str:
+    """On what, and beside what, a section was measured."""
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    load = os.getloadavg()[2]
     return (
-        "# The planner: speed, sketches, memory, processes\n\n"
-        f"Written by `make bench-planner` after `make demo`. Hardware: {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, float32 on CPU (no accelerator: bf16 is not measured here); load average "
-        f"of the last 15 minutes {load:.1f}. Versions: {versions}."
+        f"*{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, float32 on CPU; load "
+        f"average of the last 15 minutes {os.getloadavg()[2]:.1f}; {versions}.*"
     )
 
 
@@ -128,7 +151,8 @@ def small_llama(vocabulary: int) -> PreTrainedModel:
 def speed_section(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: Any, mixture: list[PreparedDataset], rounds: int
 ) -> str:
-    rows = mixture[-2].train
+    every = datasets.concatenate_datasets([dataset.train for dataset in mixture])
+    rows = every.shuffle(seed=0).select(range(NUM_TIMED))
     lines = []
     for name, candidate in (("SmolLM2-135M", model), ("Llama, 5M", small_llama(len(tokenizer)))):
         with open_loss(candidate, tokenizer, args, rows) as trainer:
@@ -141,8 +165,8 @@ def speed_section(
             "## Speed",
             "",
             "Tokens a second of `dataset_gradient` (batching, loss, backward, norm; all but the sketch) as a share of "
-            f"a bare loop's, medians of {rounds} rounds with the lowest and highest, on {len(rows)} examples "
-            f"({sum(map(len, rows['input_ids']))} tokens). *TRL's loss*: the same loop over "
+            f"a bare loop's, medians of {rounds} rounds with the lowest and highest, on {len(rows)} examples of all "
+            f"its datasets ({sum(map(len, rows['input_ids']))} tokens). *TRL's loss*: the same loop over "
             f"`SFTTrainer.compute_loss`. *Sketch*: one count sketch of 65,536 numbers, as a share of the bare loop "
             f"over {NUM_SAMPLES} such examples, which is what a dataset's gradient is made of by "
             "default; a plan takes two, one of each half.",
@@ -201,7 +225,11 @@ def rates(trainer: SFTTrainer, rows: Any, rounds: int) -> list[dict[str, float]]
 
 
 def sketch_section(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: Any, mixture: list[PreparedDataset]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    mixture: list[PreparedDataset],
+    scratch: Path,
 ) -> str:
     parameters = [(name, parameter.numel()) for name, parameter in trained_parameters(model)]
     names = [name for name, _ in parameters]
@@ -215,7 +243,8 @@ def sketch_section(
             start = time.perf_counter()
             readout = dataset_gradient(trainer, dataset.train, exact, settings=GradientSettings(TOKENS_PER_BATCH))
             passes += time.perf_counter() - start
-        gradients.append(readout.sketch)
+        np.save(scratch / f"{dataset.name}.npy", readout.sketch)
+        gradients.append(np.load(scratch / f"{dataset.name}.npy", mmap_mode="r"))
         whole = torch.from_numpy(readout.sketch)
         pieces = list(
             zip(sorted(parameters), torch.split(whole, [size for _, size in sorted(parameters)]), strict=True)

@@ -185,6 +185,24 @@ def collated_tokens(collator: Any, rows: datasets.Dataset) -> datasets.Dataset:
     return datasets.concatenate_datasets([rows, tokens], axis=1)
 
 
+def prompt_inputs(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, torch.Tensor]:
+    """What the model reads of prompts (a template's text) and the decoded images of each: left-padded, as it answers.
+
+    Raises:
+        ConfigError: the processor refuses them.
+    """
+    try:
+        # A batch without any is text alone; TRL's collator makes the same distinction.
+        return dict(
+            processor(
+                text=list(texts), images=[list(own) for own in images] if any(images) else None, padding=True,
+                padding_side="left", return_tensors="pt", add_special_tokens=False,
+            )
+        )  # fmt: skip
+    except (ValueError, TypeError, IndexError) as error:
+        raise ConfigError(f"the base's processor refuses a prompt: {' '.join(str(error).split())}") from error
+
+
 def read_row(rows: datasets.Dataset, number: int) -> dict[str, Any]:
     """A row with its images decoded.
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import make_llava
 import pytest
@@ -81,6 +82,28 @@ def test_the_merged_model_answers_from_the_images(recipe: Path, task: str, chanc
     assert right >= 0.9
     assert right > sum(answers(recipe / "base", task)) / 16
     assert shuffled <= chance + 0.25
+
+
+def test_an_evaluation_asks_about_the_images(recipe: Path) -> None:
+    def asked(tokens_per_batch: int) -> list[dict[str, Any]]:
+        output = recipe / f"answered-{tokens_per_batch}"
+        arguments = ["evaluate", str(recipe / "run/merged"), "--plan", str(recipe / "run/plan")]
+        arguments += ["--max-new-tokens", "12", "--tokens-per-batch", str(tokens_per_batch), "--output", str(output)]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        return [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+
+    lines = asked(4096)
+    assert {line["dataset"] for line in lines} == set(make_llava.TASKS)
+    for task in ("colour", "two"):
+        right = {
+            model: [x["answer"] == x["reference"] for x in lines if (x["dataset"], x["model"]) == (task, model)]
+            for model in ("base", "merged")
+        }
+        assert sum(right["merged"]) >= 0.9 * len(right["merged"]) == 0.9 * 32
+        assert sum(right["merged"]) > sum(right["base"])
+    # One question after another gives the same.
+    assert [line["answer"] for line in asked(1)] == [line["answer"] for line in lines]
 
 
 def test_losses_of_held_out_images_fall(recipe: Path) -> None:

@@ -65,16 +65,10 @@ def evaluate_models(
         The content of evaluation.json, as docs/evaluate.md describes it.
 
     Raises:
-        ConfigError: no dataset has held-out rows; a metric that is unknown, or whose library is not installed; answers
-            asked of a plan whose datasets hold images.
+        ConfigError: no dataset has held-out rows; a metric that is unknown, or whose library is not installed.
         MeritError: a model cannot be read.
     """
     progress = progress or Progress()
-    if generate and plan.has_images:
-        raise ConfigError(
-            "the plan's datasets hold images, and answers to them are not generated here. Measure losses alone with "
-            "--no-generate."
-        )
     for folder in models.values():
         # Hours of answers come before the last model is loaded: what cannot be read is told now.
         if (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists():

@@ -15,13 +15,14 @@ from trl import SFTConfig
 
 from merit_hf.evaluation.comparison import Measured
 from merit_hf.evaluation.generate import greedy_answers, stop_tokens
-from merit_hf.evaluation.held_out import HeldOut
+from merit_hf.evaluation.held_out import HeldOut, beside_prompts
 from merit_hf.gradients import batch_by_tokens
 from merit_hf.loss import loss_sums
 from merit_hf.manifest import MANIFEST_NAME
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress, Stage
 from merit_hf.sft import TokenizedRows, collate, load_checkpoint, open_loss, tokenize_rows
+from merit_hf.vision import text_tokenizer
 
 # Raised where what a kept result means has changed.
 _CACHE_VERSION = 1
@@ -107,8 +108,8 @@ class Evaluator:
         """The answers to a dataset's questions, and how many tokens were made."""
         assert self.max_new_tokens is not None
         closing = {token for question in dataset.questions for token in question.closing_ids}
-        stop_ids = stop_tokens(model, self.tokenizer, closing)
-        pad_id = self.tokenizer.pad_token_id
+        stop_ids = stop_tokens(model, text_tokenizer(self.tokenizer), closing)
+        pad_id = text_tokenizer(self.tokenizer).pad_token_id
         answers = greedy_answers(
             model,
             [question.prompt_ids for question in dataset.questions],
@@ -118,6 +119,7 @@ class Evaluator:
             self.context,
             self.tokens_per_batch,
             stage.advance,
+            lambda numbers: beside_prompts(dataset, self.tokenizer, numbers),
         )
         texts = [self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
         return {

@@ -54,6 +54,7 @@ def greedy_answers(
     context: int | None = None,
     tokens_per_batch: int = 4096,
     on_tokens: Callable[[int], None] = lambda tokens: None,
+    beside: Callable[[list[int]], dict[str, torch.Tensor]] = lambda rows: {},
 ) -> list[Answer]:
     """The most likely token again and again, for every prompt, in the order of `prompts`.
 
@@ -65,6 +66,7 @@ def greedy_answers(
         tokens_per_batch (`int`): rows × (longest prompt + its limit) in a batch; does not change the answers, but for
             tokens that are tied within rounding.
         on_tokens: told the number of tokens after each step of a batch.
+        beside: what else the model reads of the prompts at these rows, such as their images.
     """
     limits = [max_new_tokens if context is None else min(max_new_tokens, context - len(ids)) for ids in prompts]
     answers: dict[int, Answer] = {}
@@ -74,7 +76,9 @@ def greedy_answers(
         lengths = [len(prompts[row]) + limit for row in rows]
         for batch in batch_by_tokens(lengths, tokens_per_batch):
             numbers = [rows[index] for index in batch]
-            made = _generate(model, [prompts[row] for row in numbers], stop_ids, pad_id, limit, on_tokens)
+            made = _generate(
+                model, [prompts[row] for row in numbers], stop_ids, pad_id, limit, on_tokens, beside(numbers)
+            )
             answers.update(zip(numbers, made, strict=True))
     return [answers[row] for row in range(len(prompts))]
 
@@ -101,6 +105,7 @@ def _generate(
     pad_id: int,
     limit: int,
     on_tokens: Callable[[int], None],
+    beside: dict[str, torch.Tensor],
 ) -> list[Answer]:
     longest = max(len(ids) for ids in prompts)
     padded = [[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
@@ -117,6 +122,7 @@ def _generate(
             output = model.generate(  # type: ignore[operator]
                 torch.tensor(padded, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
+                **{name: value.to(model.device) for name, value in beside.items()},
                 stopping_criteria=StoppingCriteriaList([_Counter(stop_ids, len(prompts), on_tokens)]),
             )
     finally:

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
+import torch
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_convert_to_chatml
 
+from merit_hf import vision
 from merit_hf.config import REASONING_GYM, ConfigError
 from merit_hf.data import METADATA, LoadedDataset, fingerprint, seed_of
 from merit_hf.evaluation.metrics import Scorer, default_metric, load_scorer, parse_metadata
 from merit_hf.gradients import sample_indices
+from merit_hf.images import IMAGES
 
 # The share of points that a scorer must give the references themselves.
 _MIN_REFERENCE_SCORE = 0.9
@@ -92,7 +95,12 @@ def with_questions(
     Raises:
         ConfigError: see [`load_scorer`]; or a task's scorer does not accept the references themselves.
     """
-    asked = [_question(number, row, tokenizer, held_out.name) for number, row in enumerate(held_out.rows)]
+    rows = vision.vision_rows(held_out.rows, tokenizer) if vision.is_processor(tokenizer) else held_out.rows
+    metadata = held_out.rows[METADATA] if METADATA in held_out.rows.column_names else [None] * len(rows)
+    asked = [
+        _question(number, vision.read_row(rows, number), metadata[number], tokenizer, held_out.name)
+        for number in range(len(rows))
+    ]
     questions = [q for q in asked if q is not None and (context is None or len(q.prompt_ids) < context)]
     num_unasked = len(asked) - len(questions)
     if not questions:
@@ -119,44 +127,74 @@ def _check_scorer(scorer: Scorer, questions: Sequence[Question], where: str, nam
         )
 
 
-def _question(number: int, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> Question | None:
+def beside_prompts(held_out: HeldOut, processing: Any, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+    """What a model reads of the questions `numbers` beside their tokens: their images; nothing in a text mixture."""
+    if not vision.is_processor(processing):
+        return {}
+    questions = [held_out.questions[number] for number in numbers]
+    rows = held_out.rows
+    images = [vision.read_row(rows, q.row)[IMAGES] if IMAGES in rows.column_names else [] for q in questions]
+    inputs = vision.prompt_inputs(processing, [question.prompt for question in questions], images)
+    return {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+
+
+def _question(
+    number: int, row: dict[str, Any], metadata: Any, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Question | None:
     """The prompt tokens are those that TRL trains the completion behind."""
     row = maybe_convert_to_chatml(row)
-    prompt, reference = _split(row)
-    if not prompt or not isinstance(reference, str):
+    prompt, answer = _split(row)
+    reference = answer if isinstance(answer, str) else _text_of(answer)
+    if not prompt or reference is None:
         return None
     closing: frozenset[int] = frozenset()
+    plain = vision.text_tokenizer(tokenizer)
     if isinstance(prompt, str):
         text = prompt
-        prompt_ids = tokenizer(prompt)["input_ids"]
+        prompt_ids = plain(prompt)["input_ids"]
     else:
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         options: dict[str, Any] = dict(row.get("chat_template_kwargs") or {}, tools=tools)
         text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options))
-        prompt_ids = _ids(tokenizer, text)
-        answered = [*prompt, {"role": "assistant", "content": reference}]
-        whole = _ids(tokenizer, str(tokenizer.apply_chat_template(answered, tokenize=False, **options)))
-        closing = _closing(tokenizer, whole[len(prompt_ids) :])
+        prompt_ids = _ids(plain, text)
+        whole = _ids(plain, str(tokenizer.apply_chat_template([*prompt, answer], tokenize=False, **options)))
+        closing = _closing(plain, whole[len(prompt_ids) :])
+        if vision.is_processor(tokenizer):
+            # In a model's input an image stands for many tokens.
+            prompt_ids = vision.prompt_inputs(tokenizer, [text], [row[IMAGES]])["input_ids"][0].tolist()
     try:
-        metadata = parse_metadata(row.get(METADATA))
+        metadata = parse_metadata(metadata)
     except ValueError as error:
         raise ConfigError(f"dataset `{name}`: held-out row {number}: `metadata` cannot be read: {error}.") from error
-    length = len(tokenizer(reference, add_special_tokens=False)["input_ids"])
+    length = len(plain(reference, add_special_tokens=False)["input_ids"])
     return Question(number, text, list(prompt_ids), reference, length, closing, metadata) if prompt_ids else None
 
 
 def _split(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Prompt (text or messages) and reference; (None, None) where the row asks nothing that one text can answer."""
+    """Prompt and answer, both text or messages and a message; (None, None) where no one message answers."""
     if "prompt" in row:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(completion, str):
             return prompt, completion
-        return (prompt, completion[0]["content"]) if len(completion) == 1 else (None, None)
+        return (prompt, _answer(completion[0])) if len(completion) == 1 else (None, None)
     messages = row.get("messages") or []
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         return None, None
-    return messages[:-1], messages[-1]["content"]
+    return messages[:-1], _answer(messages[-1])
+
+
+def _answer(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": message["content"]}
+
+
+def _text_of(message: Mapping[str, Any] | None) -> str | None:
+    """The text of a message, whether its content is a string or blocks; None where there is none."""
+    content = message["content"] if message else None
+    if isinstance(content, list):
+        texts = [block["text"] for block in content if block["type"] == "text"]
+        return "".join(texts) if len(texts) == len(content) else None
+    return content if isinstance(content, str) else None
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
