@@ -40,10 +40,14 @@ merge_checkpoints(base, groups, json.loads('WEIGHTS'), output)
 print(json.dumps(time.monotonic() - start))
 """.replace("WEIGHTS", json.dumps(WEIGHTS))
 THEIRS = """
-import json, sys, time
+import json, os, sys, time
+from pathlib import Path
 from mergekit.scripts.run_yaml import main
 start = time.monotonic()
 main(sys.argv[1:] + ["--quiet"], standalone_mode=False)
+for path in Path(sys.argv[2]).iterdir():
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 print(json.dumps(time.monotonic() - start))
 """
 
@@ -248,9 +252,9 @@ load average of the last 15 minutes {os.getloadavg()[2]:.1f}. Versions: {version
 
 Medians of {rounds} rounds, in brackets the lowest and highest. *Floor*: read the K checkpoints, write one with fsync.
 Ours reads the base too, compares all headers, checks every value, measures distances, and flushes its output; mergekit
-does not flush. *Processes*: a Python process from start to exit, imports included, that calls `merge_checkpoints`, or
-what `mergekit-yaml` calls. *Calls*: these alone. Memory is the highest anonymous memory (RssAnon) of the process,
-sampled every 20 ms; allowed is 2 × the largest tensor × K + 200 MB.
+does not flush, so its files are flushed within its time. *Processes*: a Python process from start to exit, imports
+included, that calls `merge_checkpoints`, or what `mergekit-yaml` calls. *Calls*: these alone. Memory is the highest
+anonymous memory (RssAnon) of the process, sampled every 20 ms; allowed is 2 × the largest tensor × K + 200 MB.
 
 | checkpoints | page cache | ours / floor (calls) | `mergekit-yaml` / ours (processes) | mergekit / ours (calls) \
 | memory, ours | memory, mergekit |
