@@ -96,5 +96,8 @@ def _training(request: Request, group: int, output: Path) -> list[str]:
 
 def _names_machines(config: Path | None) -> bool:
     """Whether accelerate's config spans several machines, which must meet on a port that it names."""
-    content = None if config is None else yaml.safe_load(config.read_text(encoding="utf-8"))
+    try:
+        content = None if config is None else yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--accelerate-config {config}: not YAML ({' '.join(str(error).split())}).") from error
     return isinstance(content, dict) and content.get("num_machines", 1) != 1
