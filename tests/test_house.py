@@ -44,6 +44,7 @@ ROAD = [
     "checkpoint",
     "hub",
     "hub_write",
+    "hub_jobs",
     "sharing.registry",
     "identity",
     "sharing.untrusted",
@@ -192,6 +193,7 @@ WITHOUT_TORCH = [
 HUB_NAMES = {
     "hub": None,
     "hub_write": None,
+    "hub_jobs": None,
     "card_evaluation": {"EvalResult"},
     "cards": {"DatasetCardData", "ModelCardData"},
     "checkpoint": {"split_state_dict_into_shards_factory"},
