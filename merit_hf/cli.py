@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from merit_hf import cli_hub, cli_plan
+from merit_hf import cli_hub, cli_plan, cli_train
 from merit_hf.cli_options import (
     AccelerateConfig,
     ConfigArgument,
@@ -78,43 +78,6 @@ def plan(
             f"Plan {made.sha256[:12]} is in {output}. Next: merit train {output} --group all --output "
             f"{output.parent}/groups"
         )
-
-
-@app.command()
-def train(
-    plan: PlanArgument,
-    group: Annotated[str, typer.Option(help="Number of a group, or `all`.")],
-    output: Output,
-    placement: Annotated[
-        Optional[list[str]],
-        typer.Argument(metavar="[sft.KEY=VALUE]...", help="SFT fields that do not change the result."),
-    ] = None,
-    num_processes: NumProcesses = None,
-    accelerate_config: AccelerateConfig = None,
-    data: Data = None,
-    debug: Debug = False,
-) -> None:
-    """Fine-tune one group, or all of them, from the base.
-
-    TRL's SFTTrainer, one group after another; through accelerate launch where several processes are asked for.
-    """
-    with exit_on_error(debug):
-        quiet()
-        from merit_hf.launch import train_groups
-        from merit_hf.plan import PartitionPlan
-
-        loaded = PartitionPlan.from_pretrained(plan)
-        loaded.supply(dict(named_values(data, "--data")))
-        if group != "all" and not group.isdigit():
-            raise ConfigError(f"--group {group}: expected a number from 0 to {loaded.num_groups - 1}, or `all`.")
-        numbers = list(range(loaded.num_groups)) if group == "all" else [loaded.group(int(group)).group]
-        outputs = [output / str(number) for number in numbers] if group == "all" else [output]
-        train_groups(loaded, numbers, outputs, placement or [], num_processes, accelerate_config)
-        done = " ".join(str(path) for path in outputs)
-        then = f"merge {plan} {done} --output {output.parent}/merged" if group == "all" else f"verify {plan} {done}"
-        if loaded.repo_id is not None and group != "all":
-            then = f"push {done} OWNER/NAME, and merit contribute {plan} OWNER/NAME"
-        say(f"Trained: {done}. Next: merit {then}")
 
 
 @app.command()
@@ -364,7 +327,7 @@ def run(
         say(*run_summary(result, output))
 
 
-for command in (*cli_plan.COMMANDS, *cli_hub.COMMANDS):
+for command in (*cli_plan.COMMANDS, *cli_train.COMMANDS, *cli_hub.COMMANDS):
     app.command()(command)
 
 

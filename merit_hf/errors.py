@@ -1,4 +1,4 @@
-"""The two kinds of error that are told in one line."""
+"""The errors that are told in one line."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class MeritError(Exception):
 
 class ConfigError(MeritError):
     """A mistake in a call or in a CONFIG file."""
+
+
+class StoppedError(MeritError):
+    """A signal asked for the machine's place; what was done is saved, and running again goes on."""

@@ -78,6 +78,23 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return parse_manifest(path.read_bytes(), str(path))
 
 
+def is_trained(group_sha256: str, group: int, output: Path) -> bool:
+    """Whether `output` is the finished checkpoint of the group, or is still to be made.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    if not output.exists():
+        return False
+    manifest = read_manifest(output) if (output / MANIFEST_NAME).exists() else {}
+    if manifest.get("group_sha256") == group_sha256 and manifest.get("status") == "complete":
+        return True
+    raise ConfigError(
+        f"{output} exists and is not group {group} of this plan (group_sha256 "
+        f"{str(manifest.get('group_sha256'))[:12]}, planned {group_sha256[:12]}). Give another --output, or delete it."
+    )
+
+
 def parse_manifest(raw: bytes, where: str) -> dict[str, Any]:
     """The content of a merit.json. Raises MeritError where it is no JSON object of this schema."""
     try:

@@ -12,7 +12,7 @@ from merit_hf.config import ConfigError, MeritConfig
 from merit_hf.evaluation.evaluate import EVALUATION_NAME, evaluate_models, save_evaluation
 from merit_hf.group_merge import group_weights, merge_groups
 from merit_hf.hub import current_user
-from merit_hf.launch import train_groups
+from merit_hf.launchers.dispatch import train_groups
 from merit_hf.manifest import read_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME
 from merit_hf.oversized import planned_parts, with_parts

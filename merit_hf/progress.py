@@ -45,11 +45,15 @@ class Stage:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total)
 
-    def item(self, text: str) -> None:
-        """Name the item in work, such as `gsm8k (3 of 12)`."""
+    def describe(self, text: str) -> None:
+        """Say on a bar how it stands; elsewhere nothing."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=f"{self._description}: {text}")
-        elif not self._quiet:
+
+    def item(self, text: str) -> None:
+        """Name the item in work, such as `gsm8k (3 of 12)`."""
+        self.describe(text)
+        if self._bar is None and not self._quiet:
             seconds = time.monotonic() - self._start
             rate = f", {self._done / seconds:,.0f} {self._unit}/s" if self._unit and self._done and seconds > 0 else ""
             left = ""

@@ -8,6 +8,7 @@ Checkpoints lie in `OUTPUT.part`; the same command goes on from the last complet
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -24,8 +25,9 @@ from trl import SFTConfig
 from merit_hf.callback import MeritCallback
 from merit_hf.config import ConfigError, MeritError, check_sft, parse_value
 from merit_hf.entry import exit_on_error
+from merit_hf.errors import StoppedError
 from merit_hf.hub import current_user, fetch_folder
-from merit_hf.manifest import MANIFEST_NAME, TRAINER_STATE, hash_files, read_manifest
+from merit_hf.manifest import TRAINER_STATE, hash_files, is_trained, read_manifest
 from merit_hf.mixture import check_against_plan, plan_specs, prepare_dataset, read_mixture
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress, Stage
@@ -40,6 +42,7 @@ from merit_hf.sft import (
 )
 from merit_hf.sharing.community import contribute, may_write
 from merit_hf.sharing.publish import push_group, read_remote_manifest
+from merit_hf.stopping import StopOnSigterm
 from merit_hf.workers import check_processes
 
 _RUN_NAME = "run.json"
@@ -74,13 +77,12 @@ def train_group(
     planned = plan.group(group)
     part = output.with_name(output.name + ".part")
     args = _group_args(plan, group, part, placement or {}, num_processes)
-    if output.exists():
-        finished = _finished(plan, group, output)
+    if is_trained(planned.group_sha256, group, output):
         # A kill between the rename and the clean-up leaves it.
         shutil.rmtree(part, ignore_errors=True)
         if args.push_to_hub and args.process_index == 0:
-            push_group(finished, str(args.hub_model_id), args.hub_private_repo)
-        return finished
+            push_group(output, str(args.hub_model_id), args.hub_private_repo)
+        return output
     state = PartialState()
     progress = progress or Progress(quiet=not state.is_main_process)
     if state.is_main_process:
@@ -92,15 +94,22 @@ def train_group(
     tokenizer = load_tokenizer(base, plan.base.get("chat_template"), plan.has_images)
     model = load_model(base, args, plan.peft or None, plan.base.get("freeze", ()))
     rows = _group_rows(plan, group, model, tokenizer, args, progress)
-    callback = MeritCallback(plan, group)
+    callback, stop = MeritCallback(plan, group), StopOnSigterm()
     checkpoint = last_checkpoint(part)
     if checkpoint is not None:
         progress.note(f"group {group}: going on from {checkpoint.name}")
     with progress.stage(f"Group {group}", total=planned.num_steps, unit="steps") as stage:
-        callbacks = [callback, _Report(stage, planned.num_steps)]
+        # The one that stops comes first: the others count what is saved.
+        callbacks = [stop, callback, _Report(stage, planned.num_steps)]
         with open_trainer(model, tokenizer, args, rows, callbacks=callbacks) as trainer:
             trainer.remove_callback(PrinterCallback)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with stop.listening() if args.world_size == 1 else contextlib.nullcontext():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if stop.asked and trainer.state.global_step < planned.num_steps:
+                raise StoppedError(
+                    f"group {group}: stopped by SIGTERM; step {trainer.state.global_step} of {planned.num_steps} is "
+                    "saved. Run the same command again to go on."
+                )
             # The final push is ours: one commit that also removes what the intermediate ones left.
             trainer.save_model(str(part / "final"), _internal_call=True)
             if state.is_main_process:
@@ -127,18 +136,6 @@ def last_checkpoint(part: Path) -> Path | None:
             continue
         found.append((step, folder))
     return max(found)[1] if found else None
-
-
-def _finished(plan: PartitionPlan, group: int, output: Path) -> Path:
-    planned = plan.group(group)
-    manifest = read_manifest(output) if (output / MANIFEST_NAME).exists() else {}
-    if manifest.get("group_sha256") == planned.group_sha256 and manifest.get("status") == "complete":
-        return output
-    raise ConfigError(
-        f"{output} exists and is not group {group} of this plan (group_sha256 "
-        f"{str(manifest.get('group_sha256'))[:12]}, planned "
-        f"{planned.group_sha256[:12]}). Give another --output, or delete it."
-    )
 
 
 def _group_args(

@@ -1,0 +1,147 @@
+"""`merit train`: one group or all of them, here, on Slurm or on HF Jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from merit_hf.cli_options import (
+    AccelerateConfig,
+    Data,
+    Debug,
+    NumProcesses,
+    Output,
+    PlanArgument,
+    named_values,
+    quiet,
+    say,
+)
+from merit_hf.config import ConfigError
+from merit_hf.entry import exit_on_error
+
+if TYPE_CHECKING:
+    from merit_hf.plan import PartitionPlan
+
+# Which options are of which launcher; an option of another one is refused.
+OF_LAUNCHER = {
+    "local": ("jobs",),
+    "slurm": (
+        "partition", "account", "time", "mem", "gpus", "cpus", "array_parallelism", "setup", "restarts", "slurm",
+    ),
+    "hf-jobs": (),
+}  # fmt: skip
+
+
+def train(
+    plan: PlanArgument,
+    group: Annotated[str, typer.Option(help="Number of a group, or `all`.")],
+    output: Output,
+    placement: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[sft.KEY=VALUE]...", help="SFT fields that do not change the result."),
+    ] = None,
+    launcher: Annotated[str, typer.Option(help="Where it runs: local, slurm or hf-jobs.")] = "local",
+    num_processes: NumProcesses = None,
+    accelerate_config: AccelerateConfig = None,
+    data: Data = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what would be started: commands, sbatch script or request.")
+    ] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Return once the jobs are submitted; `merit status` follows them.")
+    ] = False,
+    jobs: Annotated[
+        Optional[int],
+        typer.Option(min=1, help="local: so many groups at a time. Default: one a GPU, without GPUs one."),
+    ] = None,
+    partition: Annotated[Optional[str], typer.Option(help="slurm: as sbatch takes it.")] = None,
+    account: Annotated[Optional[str], typer.Option(help="slurm: as sbatch takes it.")] = None,
+    time: Annotated[
+        Optional[str],
+        typer.Option(metavar="[D-]HH:MM:SS", help="slurm: limit of a job. Just before, it saves and queues again."),
+    ] = None,
+    mem: Annotated[Optional[str], typer.Option(help="slurm: memory of a job, such as 64G.")] = None,
+    gpus: Annotated[Optional[int], typer.Option(min=0, help="slurm: GPUs of a job; several train together.")] = None,
+    cpus: Annotated[Optional[int], typer.Option(min=1, help="slurm: CPU cores of a job.")] = None,
+    array_parallelism: Annotated[
+        Optional[int], typer.Option(min=1, help="slurm: at most so many groups at a time.")
+    ] = None,
+    setup: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="LINE", help="slurm: shell line before the training, `module load cuda`; repeatable."),
+    ] = None,
+    restarts: Annotated[
+        Optional[int], typer.Option(min=0, help="slurm: how often a killed training is begun again. Default: 3.")
+    ] = None,
+    slurm: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="KEY=VALUE", help="slurm: any other option of sbatch, qos=long; may be repeated."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune one group, or all of them, from the base.
+
+    TRL's SFTTrainer; through accelerate launch where several processes are asked for. Local groups are trained one
+    after another, or one on each GPU; Slurm takes an array of one job a group. Run again, it starts only what is
+    missing: a group that is finished, runs or waits is left alone.
+    """
+    given = {
+        "jobs": jobs, "partition": partition, "account": account, "time": time, "mem": mem, "gpus": gpus,
+        "cpus": cpus, "array_parallelism": array_parallelism, "setup": setup, "restarts": restarts, "slurm": slurm,
+    }  # fmt: skip
+    with exit_on_error(debug):
+        quiet()
+        from merit_hf.launchers.dispatch import dry_run as show
+        from merit_hf.launchers.dispatch import train_groups
+        from merit_hf.plan import PartitionPlan
+
+        options = launcher_options(launcher, given)
+        loaded = PartitionPlan.from_pretrained(plan)
+        loaded.supply(dict(named_values(data, "--data")))
+        if group != "all" and not group.isdigit():
+            raise ConfigError(f"--group {group}: expected a number from 0 to {loaded.num_groups - 1}, or `all`.")
+        numbers = list(range(loaded.num_groups)) if group == "all" else [loaded.group(int(group)).group]
+        outputs = [output / str(number) for number in numbers] if group == "all" else [output]
+        how = (placement or [], num_processes, accelerate_config)
+        if dry_run:
+            typer.echo(show(loaded, numbers, outputs, *how, launcher=launcher, options=options))
+            return
+        running = train_groups(loaded, numbers, outputs, *how, launcher=launcher, options=options, wait=not no_wait)
+        if no_wait:
+            say(f"{len(running)} jobs run or wait. Next: merit status {plan} --output {output}")
+            return
+        say(f"Trained: {' '.join(map(str, outputs))}. Next: merit {_next(loaded, plan, group, output, outputs)}")
+
+
+def launcher_options(launcher: str, given: dict[str, Any]) -> Any:
+    """The options object of a launcher. Raises ConfigError where an option is another launcher's."""
+    from merit_hf.launchers.dispatch import open_launcher
+
+    open_launcher(launcher)
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in OF_LAUNCHER[launcher]:
+            owner = next(other for other, names in OF_LAUNCHER.items() if name in names)
+            raise ConfigError(f"--{name.replace('_', '-')} is an option of --launcher {owner}, not of {launcher}.")
+    if launcher == "slurm":
+        from merit_hf.launchers.slurm import SlurmOptions
+
+        extra = named_values(given.pop("slurm", None), "--slurm")
+        return SlurmOptions(**given, extra=extra)
+    from merit_hf.launchers.local import LocalOptions
+
+    return LocalOptions(**given)
+
+
+def _next(loaded: PartitionPlan, plan: str, group: str, output: Path, outputs: list[Path]) -> str:
+    done = " ".join(map(str, outputs))
+    if group == "all":
+        return f"merge {plan} {done} --output {output.parent}/merged"
+    if loaded.repo_id is not None:
+        return f"push {done} OWNER/NAME, and merit contribute {plan} OWNER/NAME"
+    return f"verify {plan} {done}"
+
+
+COMMANDS = (train,)

@@ -1,0 +1,90 @@
+"""Which groups are to be trained, where to and how; and the command line that trains one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from merit_hf.config import ConfigError
+from merit_hf.launchers.jobs import Job, log_path
+from merit_hf.plan import PartitionPlan
+
+
+@dataclass(frozen=True)
+class Request:
+    """Groups of one plan to train.
+
+    Attributes:
+        plan: loaded from a folder or the Hub.
+        groups, outputs: which groups, and a folder for each.
+        placement: `sft.KEY=VALUE` texts.
+        num_processes, accelerate_config: for `accelerate launch`.
+    """
+
+    plan: PartitionPlan
+    groups: Sequence[int]
+    outputs: Sequence[Path]
+    placement: Sequence[str] = ()
+    num_processes: int | None = None
+    accelerate_config: Path | None = None
+
+    def __post_init__(self) -> None:
+        config = self.accelerate_config
+        if config is not None and not config.is_file():
+            raise ConfigError(f"--accelerate-config {config}: no such file. `accelerate config` writes one.")
+
+    @property
+    def source(self) -> str:
+        """The plan as another process finds it: an absolute folder, or `org/name@commit`."""
+        plan = self.plan
+        return str(Path(str(plan.folder)).resolve()) if plan.repo_id is None else f"{plan.repo_id}@{plan.revision}"
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether a group is trained by several processes, or as a config of accelerate's says."""
+        return self.num_processes not in (None, 1) or self.accelerate_config is not None
+
+    def only(self, groups: Sequence[int]) -> Request:
+        """The same for some of the groups."""
+        outputs = dict(zip(self.groups, self.outputs, strict=True))
+        return replace(self, groups=list(groups), outputs=[outputs[group] for group in groups])
+
+    def job(self, launcher: str, group: int, command: list[str], job_id: str | None = None, **details: object) -> Job:
+        """The record of a start of `group`, with its log beside its output."""
+        output = dict(zip(self.groups, self.outputs, strict=True))[group]
+        return Job(
+            launcher=launcher, plan_sha256=self.plan.sha256, group=group,
+            group_sha256=self.plan.group(group).group_sha256, output=str(output.absolute()), job_id=job_id,
+            command=command, log=str(log_path(output)), details=details,
+        )  # fmt: skip
+
+
+def training_command(request: Request, group: int, output: Path, python: str = sys.executable) -> list[str]:
+    """`python -m merit_hf.training …` of one group, in this process' own environment."""
+    command = [python, "-m", *_training(request, group, output)]
+    return command + ([] if request.num_processes is None else ["--num-processes", str(request.num_processes)])
+
+
+def accelerate_command(request: Request, group: int, output: Path, python: str = sys.executable) -> list[str]:
+    """The `accelerate launch` command line that trains one group."""
+    # Without --quiet, the stack of accelerate's own launcher follows after every error of the training.
+    command = [python, "-m", "accelerate.commands.launch", "--quiet"]
+    if request.accelerate_config is not None:
+        command += ["--config_file", str(request.accelerate_config.absolute())]
+    else:
+        # Said, since what is not said is warned about, and taken from whatever `accelerate config` has left.
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if request.num_processes is not None:
+        command += ["--num_processes", str(request.num_processes)]
+    # Several groups may share a machine: each takes a free port.
+    command += ["--main_process_port", "0", "-m", *_training(request, group, output)]
+    return command + ([] if request.num_processes is None else ["--num-processes", str(request.num_processes)])
+
+
+def _training(request: Request, group: int, output: Path) -> list[str]:
+    words = ["merit_hf.training", request.source, *request.placement, "--group", str(group), "--output", str(output)]
+    for name, place in request.plan.supplied.items():
+        words += ["--data", f"{name}={place}"]
+    return words
