@@ -23,6 +23,10 @@ from merit_hf.hub import hub_errors
 TOKEN_NAME = "HF_TOKEN"
 # The Hub refuses a body or an account with these; trying again changes nothing.
 _REFUSED = (400, 402, 403, 404, 409, 422)
+# What it says last is read where it fails: nothing may be left in a buffer, or drowned in bars.
+_ENVIRONMENT = dict.fromkeys(
+    ("PYTHONUNBUFFERED", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1"
+)
 _PUBLIC_HUB = "https://huggingface.co"
 
 
@@ -150,8 +154,8 @@ def _run(call: JobCall, secrets: dict[str, str]) -> JobInfo:
                 f"`{text}` is also the name of a file in {Path.cwd()}, which the Hub's client would upload in its "
                 "place. Run the command in another folder."
             )
+    environment = dict(_ENVIRONMENT)
     # A Hub of one's own is the job's Hub too.
-    environment = {"PYTHONUNBUFFERED": "1"}
     if constants.ENDPOINT != _PUBLIC_HUB:
         environment["HF_ENDPOINT"] = constants.ENDPOINT
     with warnings.catch_warnings():

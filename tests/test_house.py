@@ -110,6 +110,7 @@ ROAD = [
     "launchers.local",
     "launchers.slurm_job",
     "launchers.slurm",
+    "launchers.hf_jobs",
     "launchers.dispatch",
     "align",
     "average",
@@ -197,6 +198,7 @@ WITHOUT_TORCH = [
     "cli_train",
     "launchers.dispatch",
     "launchers.slurm",
+    "launchers.hf_jobs",
     "cli",
 ]
 HUB_NAMES = {

@@ -215,7 +215,10 @@ def describe(job: Job, state: JobState) -> list[str]:
     if state.state != "failed":
         return [what]
     where = f", step {state.step} of {state.num_steps}" if state.step else ""
-    return [f"{what}{where}. Last lines of {job.log}:" if state.lines else what, *(f"    {x}" for x in state.lines)]
+    return [
+        f"{what}{where}. Last lines of {job.log or 'its log'}:" if state.lines else what,
+        *(f"    {x}" for x in state.lines),
+    ]
 
 
 def raise_failed(request: Request, jobs: Sequence[Job], states: Sequence[JobState]) -> None:

@@ -20,18 +20,19 @@ from urllib.parse import urlsplit
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import current_user, is_private
 from merit_hf.hub_jobs import TOKEN_NAME, HubJob, JobCall, find_jobs, inspect_job, job_log, job_request, submit_job
-from merit_hf.launchers.jobs import Job, JobState, write_job
+from merit_hf.launchers.jobs import Job, JobState, telling_lines, write_job
 from merit_hf.launchers.request import Request, accelerate_command
 from merit_hf.plan import PartitionPlan
 from merit_hf.sharing.publish import read_remote_manifest
 from merit_hf.text import one_line
 
 NAME = "hf-jobs"
-POLL_SECONDS = 30.0
+POLL_SECONDS = 10.0
 PLAN_LABEL, GROUP_LABEL = "merit-plan", "merit-group"
 _TIMEOUT = re.compile(r"\d+(\.\d+)?[smhd]?")
 _SECRET = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_LOG_LINES = 8
+_GPUS = re.compile(r"x(\d+)$")
+_LOG_LINES = 100
 # What a job needs to say: its disk is gone when it ends.
 _PUSHED = {"push_to_hub": "true", "hub_strategy": "checkpoint"}
 
@@ -46,8 +47,8 @@ class HfJobsOptions:
         namespace: who pays, and whose the group repos are. Default: the token's owner.
         image: Docker image with uv. Default: the Hub's client's.
         secrets: names of environment variables that the job gets besides HF_TOKEN.
-        source: URL that merit_hf is installed from. Default: this version from PyPI.
-        packages: what is installed besides, such as `trackio`.
+        hf_from: URL that merit_hf is installed from. Default: this version from PyPI.
+        hf_with: what is installed besides, such as `trackio`.
         contribute: open the contribution to the plan when a group is pushed.
     """
 
@@ -56,8 +57,8 @@ class HfJobsOptions:
     namespace: str | None = None
     image: str | None = None
     secrets: Sequence[str] = ()
-    source: str | None = None
-    packages: Sequence[str] = ()
+    hf_from: str | None = None
+    hf_with: Sequence[str] = ()
     contribute: bool = False
 
 
@@ -145,19 +146,27 @@ def _plan_job(
     repo_id = group_repo(request.plan, group, placement.get("hub_model_id"), namespace)
     fields = {**_PUSHED, **placement, "hub_model_id": repo_id}
     texts = [f"sft.{key}={value}" for key, value in fields.items()]
+    trained = replace(request, placement=texts, num_processes=request.num_processes or _num_gpus(options))
     # The first words are this machine's Python and module.
-    words = accelerate_command(replace(request, placement=texts), group, Path(f"group-{group}"))[3:]
-    source = options.source
-    package = f"merit_hf @ {source}" if source else f"merit_hf=={importlib.metadata.version('merit_hf')}"
+    words = accelerate_command(trained, group, Path(f"group-{group}"))[3:]
+    package = f"merit_hf=={importlib.metadata.version('merit_hf')}"
+    if options.hf_from:
+        package = f"merit_hf @ {options.hf_from}"
     label = _label(request.plan)
     call = JobCall(
         namespace=namespace, command="accelerate",
         arguments=["launch", *words, *(["--contribute"] if options.contribute else [])],
-        dependencies=[package, *options.packages], flavor=str(options.flavor), timeout=options.timeout,
+        dependencies=[package, *options.hf_with], flavor=str(options.flavor), timeout=options.timeout,
         secrets=list(dict.fromkeys([TOKEN_NAME, *options.secrets])), image=options.image,
         labels={"name": f"merit-{label}-group-{group}", PLAN_LABEL: label, GROUP_LABEL: str(group)},
     )  # fmt: skip
     return _Planned(group, repo_id, call, _finished(repo_id, request.plan.group(group).group_sha256, group), job)
+
+
+def _num_gpus(options: HfJobsOptions) -> int:
+    """A process for each GPU of the machine, which the flavor's name tells: `a10g-largex4` has four."""
+    found = _GPUS.search(str(options.flavor))
+    return int(found[1]) if found else 1
 
 
 def _finished(repo_id: str, group_sha256: str, group: int) -> str | None:
@@ -198,8 +207,8 @@ def _look(job: Job) -> JobState:
             step = int(pushed[0]["num_steps"])
         found = inspect_job(job.details["namespace"], job.job_id) if job.job_id else None
         if found is not None and not found.is_alive:
-            lines = [one_line(line) for line in job_log(found, _LOG_LINES) if line.strip()]
-            return JobState("failed", _ended_as(found, repo_id), step, job.details["num_steps"], lines)
+            said = telling_lines(job_log(found, _LOG_LINES))
+            return JobState("failed", _ended_as(found, repo_id), step, job.details["num_steps"], said)
     except MeritError as error:
         return JobState("unknown", one_line(str(error)))
     if found is None:
@@ -252,16 +261,16 @@ def _check_options(options: HfJobsOptions) -> None:
             raise ConfigError(
                 f"--secrets {name.partition('=')[0]}…: expected the name of an environment variable, not its value."
             )
-    if options.source is None:
+    if options.hf_from is None:
         return
-    parts = urlsplit(options.source.removeprefix("git+"))
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(
-            f"--hf-from {options.source}: expected a URL that a job can reach, such as git+https://HOST/REPO@REVISION "
-            "or https://HOST/merit_hf-VERSION-py3-none-any.whl."
-        )
+    parts = urlsplit(options.hf_from.removeprefix("git+"))
     if "@" in parts.netloc:
         raise ConfigError("--hf-from: the URL holds a password or token, and a job's command is not secret.")
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(
+            f"--hf-from {options.hf_from}: expected a URL that a job can reach, git+https://HOST/REPO@REVISION or "
+            "https://HOST/merit_hf-VERSION-py3-none-any.whl."
+        )
 
 
 def _checked_placement(request: Request) -> dict[str, str]:
