@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_state import look
+from hub_state import everything, look
 from hub_world import PLAN, World
 from job_machine import JobMachine
-from test_token import everything
 
 pytestmark = pytest.mark.slow
 GROUP_0, WHEELS = "alice/plan-group-0", "org/wheels"
@@ -64,9 +63,10 @@ def test_what_the_dry_run_shows_is_what_is_sent_once(world: World) -> None:
     assert jobs[1].body == {
         "command": [
             "uv", "run", "--with", "merit_hf==0.1.0", "accelerate", "launch", "--quiet", "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "1", "--main_process_port", "0", "-m",
-            "merit_hf.training", f"{PLAN}@{revision}", "sft.push_to_hub=true", "sft.hub_strategy=checkpoint", *SAVED,
-            "sft.hub_model_id=alice/plan-group-1", "--group", "1", "--output", "group-1", "--num-processes", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "1", "--main_process_port", "0",
+            "-m", "merit_hf.training", f"{PLAN}@{revision}", "sft.push_to_hub=true", "sft.hub_strategy=checkpoint",
+            *SAVED, "sft.hub_model_id=alice/plan-group-1", "--group", "1", "--output", "group-1",
+            "--num-processes", "1",
         ],
         "arguments": [],
         "environment": {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -150,7 +150,7 @@ def test_a_job_on_a_clean_machine(world: World, wheel: Path, tmp_path: Path) -> 
     kept = [*((" ".join(command.arguments), (command.out + command.err).encode()) for command in said)]
     kept += [(str(path), path.read_bytes()) for path in alice.folder.rglob("*") if path.is_file()]
     kept += [(path.name, path.read_bytes()) for path in alice.cache.rglob("*.json")]
-    kept += [*everything(hub), ("log", "\n".join(line for job in jobs for _, line in job.log).encode())]
+    kept += [("the Hub", everything(hub)), ("log", "\n".join(line for job in jobs for _, line in job.log).encode())]
     assert any("jobs/0.json" in where for where, _ in kept)
     for where, content in kept:
         for secret in (hub.token("alice"), "wandb-secret-of-alice"):

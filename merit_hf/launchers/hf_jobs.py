@@ -11,8 +11,9 @@ import contextlib
 import importlib.metadata
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -87,7 +88,7 @@ def started(request: Request, options: HfJobsOptions) -> Iterator[list[Job]]:
         ConfigError: plan, base or data are not on the Hub, an option is wrong, a repo holds something else, or the Hub
             refuses a job.
     """
-    yield [_start(request, planned) for planned in _plan_jobs(request, options)]
+    yield [_start(request, planned, options) for planned in _plan_jobs(request, options)]
 
 
 def script(request: Request, options: HfJobsOptions) -> str:
@@ -144,8 +145,8 @@ def _plan_job(
     from merit_hf.training import group_repo
 
     repo_id = group_repo(request.plan, group, placement.get("hub_model_id"), namespace)
-    fields = {**_PUSHED, **placement, "hub_model_id": repo_id}
-    texts = [f"sft.{key}={value}" for key, value in fields.items()]
+    sft = {**_PUSHED, **placement, "hub_model_id": repo_id}
+    texts = [f"sft.{key}={value}" for key, value in sft.items()]
     trained = replace(request, placement=texts, num_processes=request.num_processes or _num_gpus(options))
     # The first words are this machine's Python and module.
     words = accelerate_command(trained, group, Path(f"group-{group}"))[3:]
@@ -183,18 +184,30 @@ def _finished(repo_id: str, group_sha256: str, group: int) -> str | None:
     return revision if manifest.get("status") == "complete" else None
 
 
-def _start(request: Request, planned: _Planned) -> Job:
+def _start(request: Request, planned: _Planned, options: HfJobsOptions) -> Job:
     """Submit a group where it is missing, and record its job before the next one is submitted."""
     _, body = job_request(planned.call)
     found = submit_job(planned.call) if planned.is_missing else planned.job
     details: dict[str, Any] = {
         "namespace": planned.call.namespace, "repo_id": planned.repo_id, "url": found.url if found else None,
-        "num_steps": request.plan.group(planned.group).num_steps,
+        "num_steps": request.plan.group(planned.group).num_steps, "options": _as_words(options),
     }  # fmt: skip
     record = request.job(NAME, planned.group, body["command"], found.id if found else None, **details)
     job = replace(record, log=None)
     write_job(job)
     return job
+
+
+def _as_words(options: HfJobsOptions) -> str:
+    """The options as they are given to `merit train`."""
+    words = []
+    for option in fields(options):
+        value, flag = getattr(options, option.name), f"--{option.name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value != option.default:
+            words += [word for item in ([value] if isinstance(value, str) else value) for word in (flag, item)]
+    return shlex.join(words)
 
 
 def _look(job: Job) -> JobState:
