@@ -1,6 +1,7 @@
 # make demo      set up and run the quickstart: a real model, a real mixture, one merged model
 # make test      set up and run the tests (make test-all: the slow ones too)
 # make browser   install Chromium, which the tests of the report open, where there is none (Debian, Ubuntu)
+# make slurm     install Slurm and munge, which the tests of the launchers start, where there are none (Debian, Ubuntu)
 # make quality   lint, format, types, import directions
 # make bench     the benchmarks, into benchmarks/results (make bench-merge: the merge against the disk and mergekit;
 #                make bench-planner: gradients, sketches and memory; make bench-scale: ten thousand datasets)
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/quickstart
 
-.PHONY: demo test test-slow test-all browser bench bench-merge bench-planner bench-scale screenshots quality format clean
+.PHONY: demo test test-slow test-all browser slurm bench bench-merge bench-planner bench-scale screenshots quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt
@@ -27,7 +28,7 @@ $(VENV)/demo.done: $(VENV)/base.done recipes/quickstart/requirements.txt recipes
 	touch $@
 
 $(VENV)/dev.done: $(VENV)/base.done
-	$(PIP) --editable ".[dev,mergekit,eval]"
+	$(PIP) --editable ".[dev,mergekit,eval,slurm]"
 	touch $@
 
 demo: $(VENV)/demo.done
@@ -45,6 +46,11 @@ browser:
 	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name && exit; done; \
 	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$sudo apt-get update && $$sudo apt-get install --yes --no-install-recommends chromium
+
+slurm:
+	@command -v sbatch && command -v /usr/sbin/slurmctld && command -v /usr/sbin/slurmd && command -v /usr/sbin/munged && exit; \
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); export DEBIAN_FRONTEND=noninteractive; \
+	$$sudo apt-get update && $$sudo apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge
 
 bench: $(VENV)/demo.done
 	$(BIN)/python benchmarks/quickstart_checks.py $(RUN) --output benchmarks/results/quickstart.md

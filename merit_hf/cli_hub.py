@@ -169,15 +169,26 @@ def accept(plan: HubPlan, level: Level = "behaviour", data: Data = None, debug: 
         say(status_table(loaded, states), next_step(loaded, states))
 
 
-def status(plan: PlanArgument, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Which groups are claimed, trained, verified and merged."""
+def status(
+    plan: PlanArgument,
+    output: Annotated[
+        Optional[Path],
+        typer.Option("--output", "-o", help="--output of a training that was launched from another machine."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Which groups are claimed, in training, trained, verified and merged.
+
+    Jobs that `merit train` launched are asked after: how far they are, and of a failed one what it said last.
+    """
     with exit_on_error(debug):
         quiet()
         from merit_hf.plan import PartitionPlan
         from merit_hf.sharing.status import next_step, plan_status, status_json, status_table
 
         loaded = PartitionPlan.from_pretrained(plan)
-        states, problems = plan_status(loaded)
+        states, problems = plan_status(loaded, output=output)
         if as_json:
             typer.echo(status_json(loaded, states, problems))
             return

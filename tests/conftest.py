@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Before `datasets` is imported: what an earlier run cached must not hide what this one gets wrong.
 _CACHE = tempfile.TemporaryDirectory(prefix="merit-datasets-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+# Where the launched jobs of a plan are remembered, among others.
+os.environ["HF_HOME"] = os.path.join(_CACHE.name, "home")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from threads, and sums must not depend on how many cores there are.

@@ -104,8 +104,9 @@ def train_groups(
         if here and missing:
             local.train_here(request.only(missing), progress)
         jobs = sorted([*active, *started], key=lambda job: job.group)
-        for job in started:
-            progress.note(f"group {job.group}: {job.launcher} job {job.job_id or ''}".rstrip())
+        for job in started if not wait else ():
+            what = f"submitted as {job.launcher} job {job.job_id}" if job.job_id else "finished already"
+            progress.note(f"group {job.group}: {what}")
         if wait and jobs:
             raise_failed(request, jobs, watch(request, jobs, progress))
     return jobs

@@ -187,7 +187,7 @@ def _finished(repo_id: str, group_sha256: str, group: int) -> str | None:
 def _start(request: Request, planned: _Planned, options: HfJobsOptions) -> Job:
     """Submit a group where it is missing, and record its job before the next one is submitted."""
     _, body = job_request(planned.call)
-    found = submit_job(planned.call) if planned.is_missing else planned.job
+    found = submit_job(planned.call) if planned.is_missing else None if planned.finished else planned.job
     details: dict[str, Any] = {
         "namespace": planned.call.namespace, "repo_id": planned.repo_id, "url": found.url if found else None,
         "num_steps": request.plan.group(planned.group).num_steps, "options": _as_words(options),

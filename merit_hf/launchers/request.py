@@ -76,8 +76,8 @@ def accelerate_command(request: Request, group: int, output: Path, python: str =
     else:
         # Said, since what is not said is warned about, and taken from whatever `accelerate config` has left.
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if request.num_processes is not None:
-        command += ["--num_processes", str(request.num_processes)]
+    if request.num_processes is not None or request.accelerate_config is None:
+        command += ["--num_processes", str(request.num_processes or 1)]
     # Several groups may share a machine: each takes a free port.
     command += ["--main_process_port", "0", "-m", *_training(request, group, output)]
     return command + ([] if request.num_processes is None else ["--num-processes", str(request.num_processes)])

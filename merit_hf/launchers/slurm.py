@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shlex
 import shutil
 import subprocess
@@ -61,7 +62,9 @@ def started(request: Request, options: SlurmOptions) -> Iterator[list[Job]]:
     executor = _executor(request, options)
     trainings = _trainings(request, options)
     try:
-        submitted = executor.submit_array(trainings)
+        # submitit prints what sbatch said, and raises it too.
+        with contextlib.redirect_stderr(io.StringIO()):
+            submitted = executor.submit_array(trainings)
     except RuntimeError as error:
         raise ConfigError(f"sbatch refused: {one_line(_last_line(str(error)))}") from error
     jobs = []
@@ -142,7 +145,7 @@ def _executor(request: Request, options: SlurmOptions) -> Any:
 
         def script(self, count: int) -> str:
             if count > 1:
-                self.update_parameters(map_count=count)
+                self.parameters["map_count"] = count
             return self._make_submission_file_text(self._submitit_command_str, "")
 
     folder = record_path(request.outputs[0]).parent / NAME

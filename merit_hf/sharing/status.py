@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from rich.text import Text
 
 from merit_hf.config import MeritError
 from merit_hf.hub_write import PullRequest, open_pull_requests
+from merit_hf.launchers.dispatch import describe, look_at
+from merit_hf.launchers.jobs import Job, JobState, jobs_of, saved_steps
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.sharing.community import load_registry
@@ -34,6 +36,9 @@ class GroupStatus:
         checkpoint: where it lies (`repo@commit` or a folder), or what there is of it; None where there is nothing.
         verified: the level at which it was verified, or None.
         merged: the merged model it went into, or None.
+        job: of the group's training that was launched from here, its launcher, job_id, state (`pending`, `running`,
+            `finished`, `failed` or `unknown`), step, num_steps, detail, lines (the last it said), output, log, and the
+            launcher's options.
     """
 
     group: int
@@ -45,16 +50,30 @@ class GroupStatus:
     checkpoint: str | None
     verified: str | None
     merged: str | None
+    job: dict[str, Any] | None = None
 
 
-def plan_status(plan: PartitionPlan, now: datetime | None = None) -> tuple[list[GroupStatus], list[str]]:
-    """(every group's status, problems found on the way)."""
+def plan_status(
+    plan: PartitionPlan, now: datetime | None = None, output: Path | None = None
+) -> tuple[list[GroupStatus], list[str]]:
+    """(every group's status, problems found on the way).
+
+    Args:
+        output: the `--output` of a training, where its job was launched from another machine or home.
+    """
+    jobs = jobs_of(plan, output)
+    looks = dict(zip(jobs, look_at(list(jobs.values())), strict=True))
+    failed = [
+        line for group, state in looks.items() if state.state == "failed" for line in describe(jobs[group], state)
+    ]
     if plan.repo_id is None:
-        return [_local_status(plan, group.group) for group in plan.groups], []
+        states = [_local_status(plan, group.group, _folder(plan, group.group, jobs, output)) for group in plan.groups]
+        return [_with_job(state, jobs, looks) for state in states], failed
     now = now or datetime.now(UTC)
     registry, requests = load_registry(plan), open_pull_requests(plan.repo_id)
     problems = [f"{path}: {why}" for path, why in sorted(registry.problems.items())]
-    return [_hub_status(plan, group.group, registry, requests, now) for group in plan.groups], problems
+    states = [_hub_status(plan, group.group, registry, requests, now) for group in plan.groups]
+    return [_with_job(state, jobs, looks) for state in states], problems + failed
 
 
 def status_json(plan: PartitionPlan, states: Sequence[GroupStatus], problems: Sequence[str]) -> str:
@@ -69,7 +88,9 @@ def status_table(plan: PartitionPlan, states: Sequence[GroupStatus]) -> Table:
     ready = sum(state.verified is not None for state in states)
     title = f"Plan {plan.sha256[:12]}: {ready} of {len(states)} groups ready to merge"
     table = Table(title=title, title_justify="left")
+    launched = any(state.job for state in states)
     for column, justify in (("group", "right"), ("datasets", "left"), ("tokens", "right"), ("claimed by", "left"),
+                            *([("job", "left")] if launched else []),
                             ("checkpoint", "left"), ("verified", "left"), ("merged", "left")):  # fmt: skip
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for state in states:
@@ -78,8 +99,9 @@ def status_table(plan: PartitionPlan, states: Sequence[GroupStatus]) -> Table:
         )
         until = f" until {state.until[:16]}" if state.until and state.claim == "held" else ""
         claimed = f"{state.claimed_by} ({state.claim}{until})" if state.claimed_by else state.claim
-        cells = [str(state.group), names, f"{state.num_input_tokens:,}", claimed, state.checkpoint or "–",
-                 state.verified or "–", state.merged or "–"]  # fmt: skip
+        cells = [str(state.group), names, f"{state.num_input_tokens:,}", claimed,
+                 *([_job_text(state.job)] if launched else []),
+                 state.checkpoint or "–", state.verified or "–", state.merged or "–"]  # fmt: skip
         table.add_row(*(Text(one_line(cell)) for cell in cells))
     return table
 
@@ -91,6 +113,20 @@ def next_step(plan: PartitionPlan, states: Sequence[GroupStatus]) -> str:
         return f"All groups are merged: {states[0].merged}."
     if all(state.verified for state in states):
         return f"Next: merit merge {where}{'' if plan.repo_id else ' CHECKPOINT…'} --output merged"
+    failed = [state for state in states if state.job and state.job["state"] == "failed"]
+    if failed and failed[0].job:
+        job, number = failed[0].job, failed[0].group
+        how = "" if job["launcher"] == "local" else f" --launcher {job['launcher']} {job['options']}".rstrip()
+        again = f"merit train {where} --group {number} --output {job['output']}{how}"
+        return f"Failed: group {_numbers(failed)}. Next: {again}"
+    running = [state for state in states if state.job and state.job["state"] != "finished"]
+    if running:
+        return f"In training: group {_numbers(running)}. Look again with merit status {where}"
+    unoffered = [
+        state for state in states if state.job and state.checkpoint and state.checkpoint == state.job["detail"]
+    ]
+    if plan.repo_id and unoffered:
+        return f"Trained: group {_numbers(unoffered)}. Next: merit contribute {where} {unoffered[0].checkpoint}"
     pending = [state for state in states if state.claim == "pending" or (state.checkpoint and not state.verified)]
     if plan.repo_id and pending:
         return f"{len(pending)} pull requests wait for a maintainer: merit accept {where}"
@@ -130,12 +166,16 @@ def _hub_status(
     )  # fmt: skip
 
 
-def _local_status(plan: PartitionPlan, number: int) -> GroupStatus:
-    """From where `merit run` puts things: beside the plan."""
+def _folder(plan: PartitionPlan, number: int, jobs: Mapping[int, Job], output: Path | None) -> Path:
+    """Where a local plan's group lies: where its job was told to put it, else beside the plan, as `merit run` does."""
+    if number in jobs:
+        return Path(jobs[number].output)
+    return (output or Path(str(plan.folder)).resolve().parent / "groups") / str(number)
+
+
+def _local_status(plan: PartitionPlan, number: int, folder: Path) -> GroupStatus:
     planned = plan.group(number)
-    assert plan.folder is not None
-    run = plan.folder.resolve().parent
-    folder = run / "groups" / str(number)
+    run = Path(str(plan.folder)).resolve().parent
     checkpoint = verified = merged = None
     if folder.is_dir():
         checkpoint = str(folder)
@@ -143,10 +183,8 @@ def _local_status(plan: PartitionPlan, number: int) -> GroupStatus:
             verified = "manifest" if failed(manifest_checks(plan, FolderSource(folder))[0]) is None else None
         except MeritError:
             checkpoint = f"{folder} (not readable)"
-    elif folder.with_name(f"{number}.part").is_dir():
-        checkpoint = (
-            f"in training, {_steps_done(folder.with_name(f'{number}.part'))} of {planned.num_steps} steps saved"
-        )
+    elif folder.with_name(f"{folder.name}.part").is_dir():
+        checkpoint = f"{saved_steps(folder)} of {planned.num_steps} steps saved"
     if (run / "merged" / MANIFEST_NAME).is_file():
         manifest = read_manifest(run / "merged")
         if any(group["group"] == number for group in manifest.get("groups", [])):
@@ -156,6 +194,25 @@ def _local_status(plan: PartitionPlan, number: int) -> GroupStatus:
     )
 
 
-def _steps_done(part: Path) -> int:
-    steps = [path.name.rpartition("-")[2] for path in part.glob("checkpoint-*")]
-    return max((int(step) for step in steps if step.isdigit()), default=0)
+def _with_job(state: GroupStatus, jobs: Mapping[int, Job], looks: Mapping[int, JobState]) -> GroupStatus:
+    if state.group not in jobs:
+        return state
+    job, look = jobs[state.group], looks[state.group]
+    facts = {"launcher": job.launcher, "job_id": job.job_id, **asdict(look), "output": job.output, "log": job.log,
+             "options": job.details.get("options", "")}  # fmt: skip
+    # HF Jobs leave a checkpoint in a repo, which may not have been offered to the plan yet.
+    pushed = look.detail if look.state == "finished" and "repo_id" in job.details else None
+    return replace(state, job=facts, checkpoint=state.checkpoint or pushed)
+
+
+def _job_text(job: Mapping[str, Any] | None) -> str:
+    """`running, step 12 of 40 (slurm 3_1)`."""
+    if job is None:
+        return "–"
+    step = f", step {job['step']}" + (f" of {job['num_steps']}" if job["num_steps"] else "") if job["step"] else ""
+    name = f" ({job['launcher']} {job['job_id']})" if job["job_id"] else f" ({job['launcher']})"
+    return f"{job['state']}{'' if job['state'] == 'finished' else step}{name}"
+
+
+def _numbers(states: Sequence[GroupStatus]) -> str:
+    return ", ".join(str(state.group) for state in states)
