@@ -139,9 +139,8 @@ def train(
             return
         running = train_groups(loaded, numbers, outputs, *how, launcher=launcher, options=options, wait=not no_wait)
         if no_wait:
-            say(
-                f"{sum(job.job_id is not None for job in running)} jobs run or wait. Next: merit status {plan} --output {output}"
-            )
+            count = sum(job.job_id is not None for job in running)
+            say(f"{count} jobs run or wait. Next: merit status {plan} --output {output}")
             return
         # Of HF Jobs the checkpoints are on the Hub.
         made = [str(job.details.get("repo_id", job.output)) for job in running] or [str(path) for path in outputs]

@@ -217,7 +217,7 @@ def _look(job: Job) -> JobState:
         if pushed is not None and pushed[0].get("group_sha256") == job.group_sha256:
             if pushed[0].get("status") == "complete":
                 return JobState("finished", f"{repo_id}@{pushed[1][:12]}")
-            step = int(pushed[0]["num_steps"])
+            step = pushed[0].get("num_steps")
         found = inspect_job(job.details["namespace"], job.job_id) if job.job_id else None
         if found is not None and not found.is_alive:
             said = telling_lines(job_log(found, _LOG_LINES))
