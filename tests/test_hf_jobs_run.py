@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,13 @@ def test_a_job_on_a_clean_machine(world: World, wheel: Path, tmp_path: Path) -> 
     run = machine.start(jobs[0])
     while "last-checkpoint/trainer_state.json" not in pushed_files(world):
         assert run.process.poll() is None, run.output
+        time.sleep(0.05)
     run.kill()
     hub.heal()
+    said.append(alice("status", PLAN).check())
+    assert "failed: ended as ERROR (exit code -9)" in said[-1].out
+    assert "step 2 of" in said[-1].out
+    assert "--launcher hf-jobs --flavor t4-small --secrets WANDB_API_KEY" in said[-1].out
     said.append(alice(*LAUNCH, "--group", "0", "--output", "jobs/0", "--dry-run", *SAVED).check())
     # Now with the wheel by its address, as from a branch that is not on PyPI.
     hub.api("alice").create_repo(WHEELS)
@@ -133,6 +139,7 @@ def test_a_job_on_a_clean_machine(world: World, wheel: Path, tmp_path: Path) -> 
     waiting = alice.start(*again)
     while len(jobs) < 2:
         assert not (waiting.folder / "code").exists(), waiting.out + waiting.err
+        time.sleep(0.05)
     run = machine.start(jobs[1])
     assert run.wait() == 0, run.output
     assert "took step" in run.output
@@ -146,6 +153,7 @@ def test_a_job_on_a_clean_machine(world: World, wheel: Path, tmp_path: Path) -> 
     # Once more: finished, so nothing is submitted.
     said.append(alice(*again).check())
     assert len(jobs) == 2
+    assert "finished (hf-jobs" in alice("status", PLAN).check().out
     # The values of secrets went to the Hub's jobs API, and nowhere else.
     kept = [*((" ".join(command.arguments), (command.out + command.err).encode()) for command in said)]
     kept += [(str(path), path.read_bytes()) for path in alice.folder.rglob("*") if path.is_file()]
