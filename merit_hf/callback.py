@@ -57,6 +57,7 @@ class MeritCallback(TrainerCallback, ExportableState):
         self.final_loss: float | None = None
         self._finished = False
         self._trainer: Trainer | None = None
+        self._save_total_limit: int | None = None
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps for a resume: the ledger."""
@@ -91,19 +92,20 @@ class MeritCallback(TrainerCallback, ExportableState):
         _trained_models.add(weights)
         self._finished = False
         self.final_loss = next((float(log["loss"]) for log in reversed(state.log_history) if "loss" in log), None)
+        self._save_total_limit = args.save_total_limit
         self.ledger.start(model, before)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if control.should_save:
-            self.totals = self.ledger.total()
+            self._before_save(args)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if control.should_save:
-            self.totals = self.ledger.total()
+            self._before_save(args)
 
     def on_log(
         self,
@@ -121,6 +123,7 @@ class MeritCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.totals = self.ledger.total()
         self.ledger.stop()
+        args.save_total_limit = self._save_total_limit
         self._finished = state.global_step == self.plan.group(self.group).num_steps
 
     def on_push_begin(
@@ -128,6 +131,14 @@ class MeritCallback(TrainerCallback, ExportableState):
     ) -> None:
         # A push while training takes the weights of the new checkpoint, and everything else from the output folder.
         self._write(self._attach(), Path(str(args.output_dir)))
+
+    def _before_save(self, args: TrainingArguments) -> None:
+        self.totals = self.ledger.total()
+        # A Trainer uploads in the background, and would delete an old checkpoint while it is on its way: while one is,
+        # none is deleted. The first save after it makes up for that.
+        pushing = getattr(self._attach(), "push_in_progress", None)
+        is_busy = pushing is not None and not pushing.is_done()
+        args.save_total_limit = None if is_busy else self._save_total_limit
 
     def _attach(self) -> Trainer:
         """Let every save and card of the calling trainer carry ours."""

@@ -30,7 +30,7 @@ OF_LAUNCHER = {
     "slurm": (
         "partition", "account", "time", "mem", "gpus", "cpus", "array_parallelism", "setup", "restarts", "slurm",
     ),
-    "hf-jobs": (),
+    "hf-jobs": ("flavor", "timeout", "namespace", "image", "secrets", "hf_from", "hf_with", "contribute"),
 }  # fmt: skip
 
 
@@ -79,17 +79,46 @@ def train(
         Optional[list[str]],
         typer.Option(metavar="KEY=VALUE", help="slurm: any other option of sbatch, qos=long; may be repeated."),
     ] = None,
+    flavor: Annotated[
+        Optional[str],
+        typer.Option(help="hf-jobs: the machine, a10g-large; `hf jobs hardware` lists them with prices."),
+    ] = None,
+    timeout: Annotated[
+        Optional[str], typer.Option(help="hf-jobs: limit of a job, 90m or 2d; run again, it goes on. Default: 6h.")
+    ] = None,
+    namespace: Annotated[
+        Optional[str], typer.Option(help="hf-jobs: who pays and owns the group repos. Default: the token's owner.")
+    ] = None,
+    image: Annotated[Optional[str], typer.Option(help="hf-jobs: Docker image with uv. Default: uv's own.")] = None,
+    secrets: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="NAME", help="hf-jobs: environment variable to pass on besides HF_TOKEN; repeatable."),
+    ] = None,
+    hf_from: Annotated[
+        Optional[str],
+        typer.Option(metavar="URL", help="hf-jobs: merit_hf as git+https://… or wheel. Default: this one from PyPI."),
+    ] = None,
+    hf_with: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="PACKAGE", help="hf-jobs: what else the job installs, such as trackio; repeatable."),
+    ] = None,
+    contribute: Annotated[
+        bool, typer.Option("--contribute", help="hf-jobs: then offer the group to the plan, as merit contribute does.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune one group, or all of them, from the base.
 
     TRL's SFTTrainer; through accelerate launch where several processes are asked for. Local groups are trained one
-    after another, or one on each GPU; Slurm takes an array of one job a group. Run again, it starts only what is
-    missing: a group that is finished, runs or waits is left alone.
+    after another, or one on each GPU; Slurm takes an array of one job a group; HF Jobs take a job a group, which
+    pushes its checkpoint to the Hub. Run again, it starts only what is missing: a group that is finished, runs or
+    waits is left alone.
     """
     given = {
         "jobs": jobs, "partition": partition, "account": account, "time": time, "mem": mem, "gpus": gpus,
         "cpus": cpus, "array_parallelism": array_parallelism, "setup": setup, "restarts": restarts, "slurm": slurm,
+        "flavor": flavor, "timeout": timeout, "namespace": namespace, "image": image, "secrets": secrets,
+        "hf_from": hf_from, "hf_with": hf_with, "contribute": contribute or None,
     }  # fmt: skip
     with exit_on_error(debug):
         quiet()
@@ -110,9 +139,12 @@ def train(
             return
         running = train_groups(loaded, numbers, outputs, *how, launcher=launcher, options=options, wait=not no_wait)
         if no_wait:
-            say(f"{len(running)} jobs run or wait. Next: merit status {plan} --output {output}")
+            count = sum(job.job_id is not None for job in running)
+            say(f"{count} jobs run or wait. Next: merit status {plan} --output {output}")
             return
-        say(f"Trained: {' '.join(map(str, outputs))}. Next: merit {_next(loaded, plan, group, output, outputs)}")
+        # Of HF Jobs the checkpoints are on the Hub.
+        made = [str(job.details.get("repo_id", job.output)) for job in running] or [str(path) for path in outputs]
+        say(f"Trained: {' '.join(made)}. Next: merit {_next(loaded, plan, group, output, made)}")
 
 
 def launcher_options(launcher: str, given: dict[str, Any]) -> Any:
@@ -130,13 +162,17 @@ def launcher_options(launcher: str, given: dict[str, Any]) -> Any:
 
         extra = named_values(given.pop("slurm", None), "--slurm")
         return SlurmOptions(**given, extra=extra)
+    if launcher == "hf-jobs":
+        from merit_hf.launchers.hf_jobs import HfJobsOptions
+
+        return HfJobsOptions(**given)
     from merit_hf.launchers.local import LocalOptions
 
     return LocalOptions(**given)
 
 
-def _next(loaded: PartitionPlan, plan: str, group: str, output: Path, outputs: list[Path]) -> str:
-    done = " ".join(map(str, outputs))
+def _next(loaded: PartitionPlan, plan: str, group: str, output: Path, made: list[str]) -> str:
+    done = " ".join(made)
     if group == "all":
         return f"merge {plan} {done} --output {output.parent}/merged"
     if loaded.repo_id is not None:

@@ -336,6 +336,12 @@ def model_licence(repo_id: str, revision: str | None, repo_type: str) -> str | N
     return licence if isinstance(licence, str) else None
 
 
+def is_private(repo_id: str, revision: str | None, repo_type: str) -> bool:
+    """Whether strangers do not see a repo."""
+    with hub_errors(f"asking for `{repo_id}`"):
+        return bool(HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type).private)
+
+
 def current_user() -> tuple[str, list[str]]:
     """(name, organisations) of the token's owner.
 

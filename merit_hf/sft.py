@@ -58,23 +58,7 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path | None = None, **o
     Raises:
         ConfigError: a field that MERIT sets itself, or a combination that SFTConfig refuses.
     """
-    for field, cure in _OURS.items():
-        if field in sft:
-            raise ConfigError(f"sft.{field}={sft[field]!r} is set by merit itself. {cure}")
-    for field, value in _UNREPEATABLE.items():
-        if sft.get(field) == value:
-            raise ConfigError(
-                f"sft.{field}=true: a training that was stopped and goes on, or runs on another card, would no longer "
-                "be the planned one. Leave it out."
-            )
-    if "hub_token" in sft:
-        raise ConfigError(
-            "sft.hub_token: a plan is published with its CONFIG, so no secret belongs there. Use `hf auth login`."
-        )
-    if (sft.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
-        raise ConfigError(
-            "sft.dataset_kwargs.skip_prepare_dataset=true: merit reads the tokens that TRL prepares. Leave it out."
-        )
+    refuse_fields(sft)
     values: dict[str, Any] = {"report_to": "none", **sft, **overrides}
     # A Trainer makes its output folder even if it never saves.
     values["output_dir"] = str(output_dir or Path(tempfile.gettempdir(), "merit-unused"))
@@ -95,6 +79,27 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path | None = None, **o
             "sft.packing=true, or sft.max_length=null."
         )
     return args
+
+
+def refuse_fields(sft: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a field is set that MERIT sets itself, is a secret, or would make another training."""
+    for field, cure in _OURS.items():
+        if field in sft:
+            raise ConfigError(f"sft.{field}={sft[field]!r} is set by merit itself. {cure}")
+    for field, value in _UNREPEATABLE.items():
+        if sft.get(field) == value:
+            raise ConfigError(
+                f"sft.{field}=true: a training that was stopped and goes on, or runs on another card, would no longer "
+                "be the planned one. Leave it out."
+            )
+    if "hub_token" in sft:
+        raise ConfigError(
+            "sft.hub_token: a plan is published with its CONFIG, so no secret belongs there. Use `hf auth login`."
+        )
+    if (sft.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
+        raise ConfigError(
+            "sft.dataset_kwargs.skip_prepare_dataset=true: merit reads the tokens that TRL prepares. Leave it out."
+        )
 
 
 def identity_fields(args: TrainingArguments, num_processes: int = 1) -> dict[str, Any]:

@@ -38,8 +38,9 @@ from merit_hf.sft import (
     load_model,
     load_tokenizer,
     open_trainer,
+    refuse_fields,
 )
-from merit_hf.sharing.community import may_write
+from merit_hf.sharing.community import contribute, may_write
 from merit_hf.sharing.publish import push_group, read_remote_manifest
 from merit_hf.stopping import StopOnSigterm
 from merit_hf.workers import check_processes
@@ -140,12 +141,7 @@ def last_checkpoint(part: Path) -> Path | None:
 def _group_args(
     plan: PartitionPlan, group: int, part: Path, placement: Mapping[str, Any], asked_processes: int | None
 ) -> SFTConfig:
-    fixed = sorted(set(placement) & set(IDENTITY_FIELDS))
-    if fixed:
-        raise ConfigError(
-            f"sft.{fixed[0]} is part of the plan's identity, so a group cannot be trained with another value. Plan "
-            f"again with sft.{fixed[0]}={placement[fixed[0]]!r}."
-        )
+    check_placement(placement)
     sft = {"save_total_limit": 2, "disable_tqdm": True, **plan.config["sft"], **plan.local.get("sft", {}), **placement}
     # The arguments of a Trainer decide how the processes find each other; only then is their number known.
     num_processes = build_args(sft, part).world_size
@@ -173,16 +169,16 @@ def _group_args(
     if args.max_steps > 0:
         args.max_steps = plan.group(group).num_steps
     if args.push_to_hub:
-        args.hub_model_id = _hub_model_id(plan, group, args.hub_model_id)
+        args.hub_model_id = group_repo(plan, group, args.hub_model_id)
     return args
 
 
-def _hub_model_id(plan: PartitionPlan, group: int, given: str | None) -> str:
-    """`OWNER/NAME` of the group's repo: as given, else the user's own, named after the plan."""
+def group_repo(plan: PartitionPlan, group: int, given: str | None = None, owner: str | None = None) -> str:
+    """`OWNER/NAME` of the group's repo: as given, else `owner`'s (default: the user's own), named after the plan."""
     if given and "/" in given:
         return given
     name = plan.repo_id.partition("/")[2] if plan.repo_id else (plan.folder or Path("merit")).resolve().parent.name
-    return f"{current_user()[0]}/{given or f'{name}-group-{group}'}"
+    return f"{owner or current_user()[0]}/{given or f'{name}-group-{group}'}"
 
 
 def _resume_from_hub(part: Path, repo_id: str, group_sha256: str, progress: Progress) -> None:
@@ -303,13 +299,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--data", action="append", default=[], metavar="NAME=PATH", help="where a dataset that was local lies here"
     )
     parser.add_argument("--num-processes", type=int, help="refuse to run with another number of processes")
+    parser.add_argument(
+        "--contribute", action="store_true", help="after the push, open the contribution to the plan's Hub repo"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_intermixed_args(argv)
     with exit_on_error(options.debug):
         plan = PartitionPlan.from_pretrained(options.plan)
         plan.supply(parse_places(options.data))
         placement = parse_placement(options.placement)
+        if options.contribute and not placement.get("push_to_hub"):
+            raise ConfigError("--contribute offers what was pushed: give sft.push_to_hub=true too.")
         train_group(plan, options.group, options.output, placement, options.num_processes)
+        if options.contribute and PartialState().is_main_process:
+            repo_id = group_repo(plan, options.group, placement.get("hub_model_id"))
+            Progress().note(contribute(plan, repo_id))
 
 
 def parse_places(texts: Sequence[str]) -> dict[str, str | Path]:
@@ -318,6 +322,17 @@ def parse_places(texts: Sequence[str]) -> dict[str, str | Path]:
         if not all(text.partition("=")):
             raise ConfigError(f"--data {text}: expected NAME=PATH.")
     return {text.partition("=")[0]: text.partition("=")[2] for text in texts}
+
+
+def check_placement(placement: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a field decides the result, or is not for a command line to set."""
+    fixed = sorted(set(placement) & set(IDENTITY_FIELDS))
+    if fixed:
+        raise ConfigError(
+            f"sft.{fixed[0]} is part of the plan's identity, so a group cannot be trained with another value. Plan "
+            f"again with sft.{fixed[0]}={placement[fixed[0]]!r}."
+        )
+    refuse_fields(placement)
 
 
 def parse_placement(texts: Sequence[str]) -> dict[str, Any]:

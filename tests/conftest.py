@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +76,17 @@ def tiny_groups(tiny_plan: PartitionPlan, tmp_path_factory: pytest.TempPathFacto
 
     folder = tmp_path_factory.mktemp("groups")
     return [train_group(tiny_plan, k, folder / str(k), progress=Progress(quiet=True)) for k in range(2)]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This package as a wheel. Read only."""
+    folder, root = tmp_path_factory.mktemp("wheel"), Path(__file__).resolve().parent.parent
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "wheel", "--no-deps"]
+    command = [*pip, "--no-build-isolation", "--wheel-dir", str(folder), str(root)]
+    subprocess.run(command, check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @pytest.fixture(scope="session")

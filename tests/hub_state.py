@@ -27,6 +27,7 @@ class Snapshot:
     discussions: dict[Key, list[Any]]
     lfs: set[str]
     collections: dict[str, Any]
+    jobs: list[Any]
 
 
 def save(hub: HubServer) -> Snapshot:
@@ -37,6 +38,7 @@ def save(hub: HubServer) -> Snapshot:
         {key: copy.deepcopy(repo.discussions) for key, repo in repos.items()},
         {path.name for path in (hub.hub.root / "lfs").iterdir()},
         copy.deepcopy(hub.hub.collections),
+        copy.deepcopy(hub.hub.jobs),
     )  # fmt: skip
 
 
@@ -62,6 +64,7 @@ def restore(hub: HubServer, snapshot: Snapshot) -> None:
     for name in snapshot.lfs:
         if not (here / name).exists():
             (away / name).replace(here / name)
+    hub.hub.jobs[:] = copy.deepcopy(snapshot.jobs)
     hub.hub.collections.clear()
     hub.hub.collections.update(copy.deepcopy(snapshot.collections))
 

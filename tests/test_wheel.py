@@ -12,20 +12,14 @@ from tiny import make_mixture
 
 from merit_hf.cards import validate_card
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel's content; the libraries underneath come from this environment."""
-    folder = tmp_path_factory.mktemp("wheel")
+    target = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(wheel, check=True, capture_output=True)
-    (built,) = folder.glob("*.whl")
-    target = folder / "site"
     subprocess.run(
-        [*pip, "install", "--no-deps", "--target", str(target), str(built)], check=True, capture_output=True
+        [*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, capture_output=True
     )
     return target
 

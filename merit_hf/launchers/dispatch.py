@@ -105,7 +105,8 @@ def train_groups(
             local.train_here(request.only(missing), progress)
         jobs = sorted([*active, *started], key=lambda job: job.group)
         for job in started if not wait else ():
-            progress.note(f"group {job.group}: submitted as {job.launcher} job {job.job_id}")
+            what = f"submitted as {job.launcher} job {job.job_id}" if job.job_id else "finished already"
+            progress.note(f"group {job.group}: {what}")
         if wait and jobs:
             raise_failed(request, jobs, watch(request, jobs, progress))
     return jobs
@@ -215,7 +216,10 @@ def describe(job: Job, state: JobState) -> list[str]:
     if state.state != "failed":
         return [what]
     where = f", step {state.step} of {state.num_steps}" if state.step else ""
-    return [f"{what}{where}. Last lines of {job.log}:" if state.lines else what, *(f"    {x}" for x in state.lines)]
+    return [
+        f"{what}{where}. Last lines of {job.log or 'its log'}:" if state.lines else what,
+        *(f"    {x}" for x in state.lines),
+    ]
 
 
 def raise_failed(request: Request, jobs: Sequence[Job], states: Sequence[JobState]) -> None:

@@ -192,8 +192,13 @@ def saved_steps(output: Path) -> int:
 
 
 def last_lines(log: str | None) -> list[str]:
-    """What a job's last start said at the end: its own error where it told one, else its last lines."""
-    said = [line for line in _said(log) if line.strip()]
+    """What a job's last start said at the end."""
+    return telling_lines(_said(log))
+
+
+def telling_lines(said: Sequence[str]) -> list[str]:
+    """Of what a job said: its own error where it told one, else its last lines."""
+    said = [line for line in said if line.strip()]
     errors = [line for line in said if line.startswith(_ERROR)]
     return [one_line(line) for line in (errors[-1:] or said[-_TAIL_LINES:])]
 

@@ -37,7 +37,8 @@ class GroupStatus:
         verified: the level at which it was verified, or None.
         merged: the merged model it went into, or None.
         job: of the group's training that was launched from here, its launcher, job_id, state (`pending`, `running`,
-            `finished`, `failed` or `unknown`), step, num_steps, detail, lines (the last it said), output and log.
+            `finished`, `failed` or `unknown`), step, num_steps, detail, lines (the last it said), output, log, and the
+            launcher's options.
     """
 
     group: int
@@ -115,12 +116,17 @@ def next_step(plan: PartitionPlan, states: Sequence[GroupStatus]) -> str:
     failed = [state for state in states if state.job and state.job["state"] == "failed"]
     if failed and failed[0].job:
         job, number = failed[0].job, failed[0].group
-        how = "" if job["launcher"] == "local" else f" --launcher {job['launcher']}"
+        how = "" if job["launcher"] == "local" else f" --launcher {job['launcher']} {job['options']}".rstrip()
         again = f"merit train {where} --group {number} --output {job['output']}{how}"
         return f"Failed: group {_numbers(failed)}. Next: {again}"
     running = [state for state in states if state.job and state.job["state"] != "finished"]
     if running:
         return f"In training: group {_numbers(running)}. Look again with merit status {where}"
+    unoffered = [
+        state for state in states if state.job and state.checkpoint and state.checkpoint == state.job["detail"]
+    ]
+    if plan.repo_id and unoffered:
+        return f"Trained: group {_numbers(unoffered)}. Next: merit contribute {where} {unoffered[0].checkpoint}"
     pending = [state for state in states if state.claim == "pending" or (state.checkpoint and not state.verified)]
     if plan.repo_id and pending:
         return f"{len(pending)} pull requests wait for a maintainer: merit accept {where}"
@@ -192,8 +198,11 @@ def _with_job(state: GroupStatus, jobs: Mapping[int, Job], looks: Mapping[int, J
     if state.group not in jobs:
         return state
     job, look = jobs[state.group], looks[state.group]
-    facts = {"launcher": job.launcher, "job_id": job.job_id, **asdict(look), "output": job.output, "log": job.log}
-    return replace(state, job=facts)
+    facts = {"launcher": job.launcher, "job_id": job.job_id, **asdict(look), "output": job.output, "log": job.log,
+             "options": job.details.get("options", "")}  # fmt: skip
+    # HF Jobs leave a checkpoint in a repo, which may not have been offered to the plan yet.
+    pushed = look.detail if look.state == "finished" and "repo_id" in job.details else None
+    return replace(state, job=facts, checkpoint=state.checkpoint or pushed)
 
 
 def _job_text(job: Mapping[str, Any] | None) -> str:

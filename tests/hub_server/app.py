@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from . import community, files
+from . import community, files, jobs
 from .access import known_user_of, repo_of, revision_of, type_of, user_of
 from .repos import Hub, HubError, Repo, as_list, read_card, timestamp
 
@@ -171,6 +171,10 @@ def build_app(hub: Hub) -> Starlette:
         ("POST", "/api/collections", community.create_collection),
         ("GET", "/api/collections/{ns}/{slug}", community.collection),
         ("POST", "/api/collections/{ns}/{slug}/items", community.collection),
+        ("POST", "/api/jobs/{ns}", jobs.create),
+        ("GET", "/api/jobs/{ns}", jobs.list_jobs),
+        ("GET", "/api/jobs/{ns}/{job}", jobs.inspect),
+        ("GET", "/api/jobs/{ns}/{job}/logs", jobs.logs),
         ("GET", "/api/models", list_repos),
         ("GET", "/api/datasets", list_repos),
         ("GET", repo, repo_info),

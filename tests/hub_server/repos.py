@@ -235,6 +235,7 @@ class Hub:
         self.tokens = {name: f"hf_{name}{secrets.token_hex(12)}" for name in ORGANISATIONS}
         self.repos: dict[tuple[str, str], Repo] = {}
         self.collections: dict[str, dict[str, Any]] = {}
+        self.jobs: list[Any] = []  # of jobs.Job, in the order in which they came
         self.cas = LocalCas(root / "cas")
         (root / "lfs").mkdir(parents=True)
         (root / "blobs").mkdir()
