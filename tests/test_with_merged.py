@@ -46,6 +46,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PartitionPlan, li
     """A plan of three groups, their checkpoints, and the merged model of the plan of the first two."""
     root = tmp_path_factory.mktemp("trained")
     plan = make_plan(make_base(root / "base", seed=9))
+    content = {"base": {"model_name_or_path": "org/base"}, "datasets": [{"name": n, "path": "x"} for n in plan.names]}
+    plan.config = MeritConfig.from_dict({**content, "plan": {"num_groups": 3}}).model_dump(mode="json")
     groups = [finish_group(plan, make_base(root / f"group-{k}", seed=k), k) for k in range(3)]
     merge_groups(first_groups(plan, 2), groups[:2], root / "before", out_dtype="float32")
     return plan, groups, root / "before"
@@ -278,8 +280,6 @@ def test_lora_groups_go_into_a_merged_adapter_or_model(tmp_path: Path) -> None:
 def test_the_merged_model_of_strangers_on_the_hub(trained: tuple, tmp_path: Path) -> None:
     """Its commit is pinned, and no more of it is downloaded than its weights and how they are stored."""
     plan, groups, before = trained
-    content = {"base": {"model_name_or_path": "org/base"}, "datasets": [{"name": n, "path": "x"} for n in plan.names]}
-    plan = replace(plan, config=MeritConfig.from_dict({**content, "plan": {"num_groups": 3}}).model_dump(mode="json"))
     plan.save_pretrained(tmp_path / "plan")
     with HubServer() as hub:
         api = hub.api("alice")
