@@ -126,7 +126,7 @@ def check_rounds(config: Any, source: str) -> None:
     if config.hub.push:
         raise ConfigError(
             f"{source}: run.rounds={rounds} with hub.push=true: the base of a later round is a model of this machine. "
-            "Set hub.push=false, and push rounds/1 first."
+            "Set hub.push=false; `merit push` takes what is in rounds/1, rounds/2, … folder by folder."
         )
 
 

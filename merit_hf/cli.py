@@ -20,6 +20,7 @@ from merit_hf.cli_options import (
     checkpoint_folder,
     named_values,
     quiet,
+    report_merge,
     say,
 )
 from merit_hf.config import ConfigError, parse_value
@@ -218,23 +219,7 @@ def merge(
 
             with Progress().stage("Merging", unit="tensors") as stage:
                 merge_sweep(loaded, chosen, output, weightings, progress=stage.update, **options)
-        _report_merge(output, plan, len(weightings) > 1, soup)
-
-
-def _report_merge(output: Path, plan: str, several: bool, soup: bool) -> None:
-    from merit_hf.manifest import read_manifest
-    from merit_hf.summary import merge_summary
-
-    folders = sorted(path for path in output.iterdir() if path.is_dir()) if several else [output]
-    for folder in folders:
-        say((f"{folder.name}: " if several else "") + merge_summary(read_manifest(folder)["stats"]))
-    names = " ".join(map(str, folders))
-    if soup:
-        say("The held-out rows chose these groups, so they no longer judge them fairly: evaluate on other rows too.")
-    say(
-        f"The merged model{'s are' if several else ' is'} in {names}. Next: merit evaluate {names} --plan {plan} "
-        f"--output {output if several else output.parent}"
-    )
+        report_merge(output, plan, len(weightings) > 1, soup)
 
 
 @app.command()
@@ -372,7 +357,10 @@ def run(
     accelerate_config: AccelerateConfig = None,
     debug: Debug = False,
 ) -> None:
-    """All of it: plan, train every group, merge, evaluate, report."""
+    """All of it: plan, train every group, merge, evaluate, report.
+
+    With run.rounds=2, it merges and goes on from there: each round trains on its own half of the rows.
+    """
     with exit_on_error(debug):
         quiet()
         from merit_hf.config import MeritConfig

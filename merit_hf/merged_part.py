@@ -20,7 +20,7 @@ from merit_hf.hub import fetch_files, is_plain_path
 from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, parse_manifest
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.sharing.registry import is_repo_id
-from merit_hf.verification.checks import WEIGHTS, Check, base_tensors, compare, failed, tensor_check
+from merit_hf.verification.checks import WEIGHTS, Check, base_tensors, compare, failed, shorten, tensor_check
 from merit_hf.verification.sources import FolderSource, HubSource, Source, open_source
 
 OPTION = "--with-merged"
@@ -81,7 +81,8 @@ def open_merged(
     _refuse(source, _file_checks(plan, source, files, adapters))
     folder = _fetch(source, list(files))
     changed = [name for name, digest in files.items() if _sha256(folder / name) != digest]
-    _refuse(source, [Check("checksums", "as in its merit.json", f"{', '.join(changed)} has changed", not changed)])
+    found = shorten(f"{', '.join(changed)} has changed")
+    _refuse(source, [Check("checksums", "as in its merit.json", found, not changed)])
     return MergedPart(
         folder,
         entries,
@@ -181,7 +182,8 @@ def _file_checks(plan: PartitionPlan, source: Source, files: Mapping[str, str], 
     listed = [name for name in files if name in source.sizes and is_plain_path(name)]
     known = source.known_sha256
     wrong = [name for name in files if name not in listed or known.get(name, files[name]) != files[name]]
-    checks = [Check("files", "those in its merit.json", f"{', '.join(wrong)} is missing or has changed", not wrong)]
+    found = shorten(f"{', '.join(wrong)} is missing or has changed")
+    checks = [Check("files", "those in its merit.json", found, not wrong)]
     if adapters != "dense" or "adapter_config.json" in files:
         return checks
     tensors = base_tensors(plan)
