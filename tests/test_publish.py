@@ -331,8 +331,14 @@ def test_a_branch_to_a_merged_model_halfway_from_the_base(accepted: World) -> No
         shutil.rmtree(folder, ignore_errors=True)
     alice("merge", PLAN, "alice/group-0", "--allow-missing", "--output", "first").check()
     alice("push", "first", "org/first").check()
+    # Whatever else lies in the repo is not downloaded.
+    hub.api("alice").upload_file(path_or_fileobj=b"x" * 5000, path_in_repo="payload.bin", repo_id="org/first")
+    bob.forget()
+    hub.exchanges.clear()
     half = ("--interpolate-to-init", "0.5")
     bob("merge", PLAN, "bob/group-1", "--with-merged", "org/first", *half, "--output", "half").check()
+    assert not [exchange.path for exchange in hub.exchanges if "payload" in exchange.path]
+    assert f"`org/first@{head(hub, 'model', 'org/first')[:12]}`" in (bob.folder / "half/README.md").read_text()
     bob("push", "half", "bob/half").check()
     repo = hub.hub.repos["model", "bob/half"]
     recipe = yaml.safe_load(repo.read(repo.resolve("main"), "mergekit_config.yml") or b"")
