@@ -34,16 +34,9 @@ def replay(input_tokens: np.ndarray, loss_tokens: np.ndarray, args: SFTConfig) -
     """
     num_rows = len(input_tokens)
     effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    rows_an_epoch = num_rows
-    if args.dataloader_drop_last:
-        rows_an_epoch = num_rows // args.per_device_train_batch_size * args.per_device_train_batch_size
-    if rows_an_epoch == 0:
-        raise ConfigError(
-            f"sft.dataloader_drop_last=true leaves nothing of {num_rows} rows at sft.per_device_train_batch_size="
-            f"{args.per_device_train_batch_size}. Lower the batch size."
-        )
+    rows_an_epoch = _rows_an_epoch(num_rows, args)
     steps_an_epoch = max(1, math.ceil(rows_an_epoch / effective))
-    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
+    num_steps = count_steps(num_rows, args)
     epochs, steps_left = divmod(num_steps, steps_an_epoch)
     if rows_an_epoch == num_rows and steps_left == 0:
         return Budget(num_steps, epochs * int(input_tokens.sum()), epochs * int(loss_tokens.sum()))
@@ -54,6 +47,25 @@ def replay(input_tokens: np.ndarray, loss_tokens: np.ndarray, args: SFTConfig) -
         totals[0] += int(input_tokens[order].sum())
         totals[1] += int(loss_tokens[order].sum())
     return Budget(num_steps, *totals)
+
+
+def count_steps(num_rows: int, args: SFTConfig) -> int:
+    """Optimizer steps of training on so many rows; raises ConfigError where no batch is ever full."""
+    effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps_an_epoch = max(1, math.ceil(_rows_an_epoch(num_rows, args) / effective))
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
+
+
+def _rows_an_epoch(num_rows: int, args: SFTConfig) -> int:
+    if not args.dataloader_drop_last:
+        return num_rows
+    kept = num_rows // args.per_device_train_batch_size * args.per_device_train_batch_size
+    if kept == 0:
+        raise ConfigError(
+            f"sft.dataloader_drop_last=true leaves nothing of {num_rows} rows at sft.per_device_train_batch_size="
+            f"{args.per_device_train_batch_size}. Lower the batch size."
+        )
+    return kept
 
 
 def _epoch_order(num_rows: int, args: SFTConfig, epoch: int) -> np.ndarray:

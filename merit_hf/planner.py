@@ -31,7 +31,7 @@ from merit_hf.data import LoadedDataset
 from merit_hf.entry import exit_on_error
 from merit_hf.findings import partition_mixture
 from merit_hf.gradients import trained_parameters
-from merit_hf.groups import GRADIENT_SPLITS, plan_groups
+from merit_hf.groups import GRADIENT_SPLITS, mixture_steps, plan_groups
 from merit_hf.hub import resolve_model
 from merit_hf.measure import keep_readouts, measure_gradients
 from merit_hf.mixture import PreparedDataset, name_images, prepare_mixture, read_mixture
@@ -181,7 +181,9 @@ class MeritPlanner:
             parent_sha256=self.parent.sha256 if self.parent else None,
         )
         trains = {dataset.name: dataset.train for dataset in prepared}
-        plan.groups = plan_groups(plan.datasets, trains, model, tokenizer, args, base, peft)
+        steps_of_all = mixture_steps(trains, model, tokenizer, args)
+        plan.sft |= steps_of_all
+        plan.groups = plan_groups(plan.datasets, trains, model, tokenizer, args, base, peft, steps_of_all)
         plan.cost = {
             "gradient_seconds": round(seconds, 3),
             "matrix_seconds": round(time.monotonic() - matrix_start, 3),

@@ -173,8 +173,8 @@ def _group_args(
             f"{per_device * num_processes}. Choose them so that the product is {planned_device}."
         )
     args = build_args(sft, part)
-    if args.max_steps > 0:
-        args.max_steps = plan.group(group).num_steps
+    for field in ("max_steps", "warmup_steps", "lr_scheduler_kwargs"):
+        setattr(args, field, plan.group_sft(group)[field])
     if args.push_to_hub:
         args.hub_model_id = _hub_model_id(plan, group, args.hub_model_id)
     return args
