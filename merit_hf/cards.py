@@ -101,6 +101,11 @@ def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
         manifest=manifest,
         base=_base(manifest["base"]),
         num_groups=len(plan.groups),
+        planned_steps=plan.group(manifest["group"]).num_steps,
+        held_out=[
+            [h["dataset"], f"{h['first']:.4f} ({h['first_step']:,})", f"{h['last']:.4f} ({h['last_step']:,})"]
+            for h in manifest.get("held_out_loss", [])
+        ],
         rows=[
             [d["name"], _source(d), f"{d['num_examples']:,}", f"{d['num_input_tokens']:,}"]
             for d in manifest["datasets"]
@@ -167,6 +172,7 @@ def merged_model_card(
         method=manifest.get("method", "linear"),
         how=_SPLITS[plan.config["plan"]["split"]],
         verified=_verified(manifest["groups"]),
+        stopped=[g for g in manifest["groups"] if "stopped_at_step" in g],
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
         command=Markdown(merge_command(plan, manifest)),
         in_repos=all(group.get("repo_id") for group in manifest["groups"]),
@@ -248,6 +254,8 @@ def merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
         command += "".join(f" --parameter {key}={json.dumps(v)}" for key, v in manifest["parameters"].items())
     if manifest.get("asked_out_dtype"):
         command += f" --out-dtype {manifest['asked_out_dtype']}"
+    if any("stopped_at_step" in group for group in groups):
+        command += " --allow-partial"
     return command + (" --allow-missing" if len(manifest["groups"]) < plan.num_groups else "")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from merit_hf.cli_options import Checkpoints, Data, Debug, PlanArgument, named_values, quiet, say
+from merit_hf.cli_options import AllowPartial, Checkpoints, Data, Debug, PlanArgument, named_values, quiet, say
 from merit_hf.entry import exit_on_error
 
 HubPlan = Annotated[str, typer.Argument(metavar="PLAN", help="Hub id of the plan: org/name[@revision].")]
@@ -27,6 +27,7 @@ def verify(
     plan: PlanArgument,
     checkpoints: Checkpoints,
     level: Level = "weights",
+    allow_partial: AllowPartial = False,
     data: Data = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -40,11 +41,12 @@ def verify(
         quiet()
         from merit_hf.plan import PartitionPlan
         from merit_hf.verification.sources import open_source
-        from merit_hf.verification.verify import verify_checkpoints
+        from merit_hf.verification.verify import partial_replays, verify_checkpoints
 
         loaded = PartitionPlan.from_pretrained(plan)
         loaded.supply(dict(named_values(data, "--data")))
-        results = verify_checkpoints(loaded, [open_source(text) for text in checkpoints], level)
+        replays = partial_replays(loaded) if allow_partial else None
+        results = verify_checkpoints(loaded, [open_source(text) for text in checkpoints], level, replays=replays)
         if as_json:
             content = [
                 {"checkpoint": text, "ok": result.ok, "group": result.group, "level": level,

@@ -182,6 +182,7 @@ class _Projection:
                 "parent": plan.sha256,
                 "datasets": {dataset.name: dataset.fingerprint for dataset in loaded},
                 "branches": self.branches,
+                **{f"weight of {dataset.name}": dataset.weight for dataset in loaded if dataset.weight != 1},
             }
         )
         if output.exists():
@@ -308,9 +309,7 @@ class _Projection:
             if steps > 0:
                 steps = max(1, round(steps * sum(row.num_input_tokens for row in members) / tokens))
             with group_steps(args, steps):
-                branches += plan_groups(
-                    members, trains, model, tokenizer, args, plan.base, plan.peft, steps_of_all
-                )
+                branches += plan_groups(members, trains, model, tokenizer, args, plan.base, plan.peft, steps_of_all)
         return branches
 
     def _local(self) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from merit_hf.cards import merged_model_card
 from merit_hf.checkpoint import atomic_folder, weights_sha256
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import resolve_model
+from merit_hf.identity import Budget
 from merit_hf.manifest import hash_files, read_manifest, write_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME, MergeStats, merge_into, model_reference
 from merit_hf.mergekit_engine import MethodUse, mergekit_config
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.verification.checks import Check, failed, manifest_checks
 from merit_hf.verification.sources import FolderSource, Source, open_source
-from merit_hf.verification.verify import verify_checkpoints
+from merit_hf.verification.verify import partial_replays, verify_checkpoints
 from merit_hf.versions import library_versions
 
 SCHEMA_VERSION = 1
@@ -51,6 +52,7 @@ def merge_groups(
     parameters: Mapping[str, Any] | None = None,
     device: str = "cpu",
     soup: Sequence[Mapping[str, Any]] | None = None,
+    allow_partial: bool = False,
 ) -> MergeStats:
     """Merge the groups of a plan once, after verifying each checkpoint against it.
 
@@ -69,6 +71,8 @@ def merge_groups(
             adapter of `svd_rank`.
         svd_rank (`int`, *optional*): see `adapters`.
         soup (`Sequence[Mapping]`, *optional*): how the groups were chosen, for the manifest; see [`greedy_soup`].
+        allow_partial (`bool`, *optional*, defaults to `False`): take trainings that were stopped before their planned
+            steps, weighted by the tokens of the steps that they took, which are replayed from the group's data.
 
     Raises:
         ConfigError: a group is missing, given twice, not in the plan, or has no usable weight; `output` exists; or
@@ -85,7 +89,10 @@ def merge_groups(
         # A shallow copy, since `replace` would read the conflict matrix of a large plan.
         here = copy.copy(plan)
         here.local = {**plan.local, "base": str(folder)}
-        folders = verified_folders(here, [chosen[number] for number in numbers])
+        replays = partial_replays(here) if allow_partial else None
+        folders = verified_folders(here, [chosen[number] for number in numbers], replays)
+        if replays is not None:
+            values = _replayed_weights(plan, dict(zip(numbers, folders, strict=True)), values, weights, replays)
         stats: MergeStats
         if adapters == "dense":
             stats = merge_into(
@@ -200,6 +207,23 @@ def group_weights(plan: PartitionPlan, numbers: Sequence[int], weights: str | Pa
     return [_number(table[str(number)], f"{weights}: group {number}") for number in numbers]
 
 
+def _replayed_weights(
+    plan: PartitionPlan,
+    folders: Mapping[int, Path],
+    values: Sequence[float],
+    weights: str | Path,
+    replays: Callable[[int, int], Budget],
+) -> list[float]:
+    """The weights, with those by tokens of the steps that were taken where a training was stopped."""
+    count = {"tokens": "num_input_tokens", "loss_tokens": "num_loss_tokens"}.get(str(weights))
+    found = list(values)
+    for index, (number, folder) in enumerate(folders.items()):
+        steps = read_manifest(folder)["num_steps"]
+        if count and steps < plan.group(number).num_steps:
+            found[index] = getattr(replays(number, steps), count)
+    return found
+
+
 def _read_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(
@@ -237,14 +261,16 @@ def _group_of(plan: PartitionPlan, source: Source) -> int:
     return group
 
 
-def verified_folders(plan: PartitionPlan, sources: Sequence[Source]) -> list[Path]:
-    """The folders of verified checkpoints, in order.
+def verified_folders(
+    plan: PartitionPlan, sources: Sequence[Source], replays: Callable[[int, int], Budget] | None = None
+) -> list[Path]:
+    """The folders of verified checkpoints, in order. `replays`: as in [`verify_checkpoints`].
 
     Raises:
         MeritError: the first check that failed, what it found and what it expected.
     """
     folders = []
-    for result in verify_checkpoints(plan, sources, LEVEL):
+    for result in verify_checkpoints(plan, sources, LEVEL, replays=replays):
         if not result.ok or result.folder is None:
             raise _refused(result.source, result.checks)
         folders.append(result.folder)
@@ -254,6 +280,11 @@ def verified_folders(plan: PartitionPlan, sources: Sequence[Source]) -> list[Pat
 def _refused(source: Source, checks: list[Check]) -> MeritError:
     check = failed(checks)
     assert check is not None
+    if check.name == "status":
+        return MeritError(
+            f"{source.name}: not finished: {check.found}. Go on with merit train, accept what was trained with "
+            "--allow-partial (weighted by the tokens of its steps), or plan again with as many steps."
+        )
     return MeritError(
         f"{source.name}: does not verify: {check.name} is {check.found}, expected {check.expected}. Train the group "
         "again from this plan, or leave it out with --exclude."
@@ -276,6 +307,14 @@ def _locate(path: str | Path, where: str) -> Path:
     return resolve_model(name, revision or None, Path(), where)[0]
 
 
+def _stopped_at(plan: PartitionPlan, number: int, manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Of a training that was stopped, the step and how many were planned."""
+    planned = plan.group(number).num_steps
+    return (
+        {"stopped_at_step": manifest["num_steps"], "planned_steps": planned} if manifest["num_steps"] < planned else {}
+    )
+
+
 def _merged_manifest(
     plan: PartitionPlan,
     folders: Mapping[int, Path],
@@ -295,6 +334,7 @@ def _merged_manifest(
                 "weight": fraction,
                 "num_input_tokens": manifest["num_input_tokens"],
                 "num_loss_tokens": manifest["num_loss_tokens"],
+                **_stopped_at(plan, number, manifest),
                 "files_sha256": canonical_sha256(manifest["files"]),
                 "verified": LEVEL,
                 "repo_id": None if repo_id.startswith("/") else repo_id,

@@ -142,7 +142,7 @@ def plan_groups(
 def mixture_steps(
     trains: Mapping[str, datasets.Dataset], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
 ) -> dict[str, int]:
-    """{"mixture_steps": steps of training on everything at once} where the schedule is given in steps; else nothing."""
+    """{"mixture_steps": steps of training on everything at once}; empty where the schedule counts no steps."""
     if not counts_steps(identity_fields(args)):
         return {}
     if args.max_steps > 0:

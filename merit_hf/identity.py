@@ -1,8 +1,9 @@
-"""Which fields of SFTConfig decide the trained weights. Names alone, so that a plan is vetted without torch."""
+"""Which fields of SFTConfig decide the trained weights, and a group's share of them, so that no torch is needed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 # What decides the trained weights. Every other field of SFTConfig is placement: where and how the same training runs.
@@ -22,6 +23,15 @@ BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 DERIVED_FIELDS = ("effective_batch_size", "device_batch_size", "mixture_steps")
 # Settings of a schedule that count steps: of the training of the whole mixture, so a group takes its share of them.
 _STEP_KWARGS = ("num_decay_steps", "num_stable_steps", "timescale")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one training takes: optimizer steps and tokens, over all epochs."""
+
+    num_steps: int
+    num_input_tokens: int
+    num_loss_tokens: int
 
 
 def counts_steps(sft: Mapping[str, Any]) -> bool:

@@ -17,6 +17,8 @@ MANIFEST_NAME = "merit.json"
 SCHEMA_VERSION = 1
 # Never read by anything here; a Trainer leaves them beside the weights.
 TRAINER_STATE = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json")
+# What was trained on, row by row; no part of the model.
+MIX_FILES = ("mix.json", "mix.parquet")
 # The manifest of a mixture of thousands of datasets is smaller.
 MAX_BYTES = 16 << 20
 
@@ -35,7 +37,7 @@ def group_manifest(
     Args:
         ledger: num_input_tokens, num_loss_tokens, num_padding_tokens that were processed.
         sft: the identity fields that were trained with.
-        status: `training` (an intermediate save) or `complete`.
+        status: `training` (an intermediate save), `stopped` (ended before its planned steps) or `complete`.
         facts: further entries, such as `final_loss` and `num_processes`.
     """
     planned = plan.group(group)
@@ -112,4 +114,4 @@ def hash_files(folder: str | Path) -> dict[str, str]:
 
 def is_part(name: str) -> bool:
     """Whether a file belongs to the checkpoint that merit.json describes. The Hub adds .gitattributes by itself."""
-    return name not in (MANIFEST_NAME, "README.md", *TRAINER_STATE) and not name.startswith(".")
+    return name not in (MANIFEST_NAME, "README.md", *TRAINER_STATE, *MIX_FILES) and not name.startswith(".")

@@ -257,10 +257,12 @@ class MeritPlanner:
 
     def _inputs(self, base: dict[str, Any], args: SFTConfig, loaded: Sequence[LoadedDataset]) -> dict[str, Any]:
         """What determines the plan; two calls with equal inputs make the same plan."""
+        weights = {dataset.name: dataset.weight for dataset in loaded if dataset.weight != 1}
         return {
             "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256", "freeze") if key in base},
             "datasets": {dataset.name: dataset.fingerprint for dataset in loaded},
             "tags": {spec.name: spec.tag for spec in self.config.datasets},
+            **({"weights": weights} if weights else {}),
             "plan": plan_inputs(self.config),
             "sft": identity_fields(args),
             **({} if self.config.peft is None else {"peft": self.config.peft}),

@@ -41,6 +41,10 @@ _FLOATS = tuple(
     f.name for f in dataclasses.fields(SFTConfig) if f.name in IDENTITY_FIELDS and f.type in (float, "float")
 )
 _UNPACKED = {"packing": False, "padding_free": False, "shuffle_dataset": False}
+_BEST = (
+    "sft.load_best_model_at_end=true: a group is its last step, weighted by the tokens of all of them, and how often "
+    "it is evaluated must not decide it. Leave it out."
+)
 # Values under which the tokens of a step, or a resumed training, would not be the planned ones.
 _UNREPEATABLE = {"auto_find_batch_size": True, "ignore_data_skip": True, "save_only_model": True}
 _QUANTIZATION = "sft.model_init_kwargs.quantization_config"
@@ -67,6 +71,8 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path | None = None, **o
                 f"sft.{field}=true: a training that was stopped and goes on, or runs on another card, would no longer "
                 "be the planned one. Leave it out."
             )
+    if sft.get("load_best_model_at_end"):
+        raise ConfigError(_BEST)
     if "hub_token" in sft:
         raise ConfigError(
             "sft.hub_token: a plan is published with its CONFIG, so no secret belongs there. Use `hf auth login`."

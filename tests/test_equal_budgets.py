@@ -89,8 +89,8 @@ def plain_batches(plan: PartitionPlan, group: int, folder: Path) -> dict[str, in
     base = plan.base_folder()
     args = SFTConfig(output_dir=str(folder), use_cpu=True, report_to="none", **{**plan.config["sft"], "bf16": False})
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), args=args, train_dataset=raw_rows(plan, group),
-        processing_class=AutoTokenizer.from_pretrained(base),
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), args=args,
+        train_dataset=raw_rows(plan, group), processing_class=AutoTokenizer.from_pretrained(base),
     )  # fmt: skip
     totals = [0, 0, 0]
     for batch in trainer.get_train_dataloader():
@@ -150,12 +150,12 @@ def test_a_kill_and_a_resume_leave_the_budget_as_it_is(
         assert ledger(tmp_path / "0")[field] + ledger(second)[field] == everything[field]
 
 
-def launch_two(plan: PartitionPlan, group: int, output: Path) -> None:
+def launch_two(plan: PartitionPlan, group: int, output: Path, more: dict[str, Any] | None = None) -> None:
     """Two processes on gloo, as torchrun starts them."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    placement = {"per_device_train_batch_size": 2}
+    placement = {"per_device_train_batch_size": 2, **(more or {})}
     workers = [
         jobs.Job(
             jobs.train, [plan.folder, group, output, placement], output.with_name(f"{output.name}-log-{rank}"),
