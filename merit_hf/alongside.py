@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from merit_hf.data import seed_of
@@ -44,7 +45,7 @@ def held_out_rows(
     Raises:
         ConfigError: with `eval_datasets: all`, a dataset of another group is not on this machine.
     """
-    if args.eval_strategy == "no" and not args.eval_on_start:
+    if args.eval_strategy == IntervalStrategy.NO and not args.eval_on_start:
         return {}
     found = {dataset.name: dataset.eval for dataset in prepared}
     others = [name for name in plan.names if name not in found] if section.eval_datasets == "all" else []
@@ -59,7 +60,7 @@ def held_out_rows(
     }
     if not rows:
         progress.note(f"group {group}: none of its datasets has held-out rows, so nothing is evaluated on the way")
-        args.eval_strategy, args.eval_on_start = "no", False
+        args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
     return rows
 
 

@@ -119,7 +119,7 @@ def plan_groups(
             merged = datasets.concatenate_datasets([trains[row.name] for row in members[number]])
             counts = count_tokens(training_rows(model, tokenizer, args, merged))
             budgets[number] = replay(counts.input_tokens, counts.loss_tokens, args)
-            fields = group_fields(identity_fields(args) | steps_of_all, budgets[number].num_steps)
+            fields = group_fields({**identity_fields(args), **steps_of_all}, budgets[number].num_steps)
             identities[number] = group_identity(base, members[number], fields, peft)
     total = sum(budget.num_input_tokens for budget in budgets.values())
     return [

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf import vision
@@ -251,9 +252,12 @@ def open_trainer(
     """
     # Tokenised rows carry their labels; TRL would look for the chat they came from. Rows with images still have it.
     tokenised = "input_ids" in train_dataset.column_names and IMAGES not in train_dataset.column_names
-    masked = {"assistant_only_loss": False} if tokenised else {}
+    replaced: dict[str, Any] = {"assistant_only_loss": False} if tokenised else {}
+    if not kwargs.get("eval_dataset"):
+        # Only a group's training evaluates.
+        replaced |= {"eval_strategy": IntervalStrategy.NO, "eval_on_start": False}
     try:
-        with _replaced(args, **masked):
+        with _replaced(args, **replaced):
             trainer = SFTTrainer(model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ConfigError(f"TRL refuses the data: {_one_line(error)}") from error

@@ -59,10 +59,8 @@ def test_every_dataset_has_a_loss_under_its_name(evaluated: Path, tiny_plan: Par
 def test_it_is_the_loss_that_merit_evaluate_measures(evaluated: Path, tiny_plan: PartitionPlan) -> None:
     """The same rows; TRL takes the mean over batches, of which there is one here."""
     measured = evaluate_models(tiny_plan, {"group-0": evaluated}, progress=QUIET, generate=False)
-    rows = {row["dataset"]: row for row in measured["datasets"]}
     for name in tiny_plan.group(0).datasets:
-        found = rows[name]["loss"]
-        found = found["group-0"] if isinstance(found, dict) else found
+        found = measured["datasets"][name]["loss"]["group-0"]
         assert history(evaluated, f"eval_{name}_loss")[6] == pytest.approx(found, abs=2e-4)
 
 

@@ -123,13 +123,12 @@ def manifest_checks(
 def _status_checks(num_steps: int, manifest: Mapping[str, Any], takes_stopped: bool) -> tuple[list[Check], bool]:
     """Whether it is finished, and at the planned step; and whether it counts as one that was stopped before that."""
     status, steps = manifest.get("status"), manifest.get("num_steps")
-    known = type(steps) is int
-    if status == "stopped" and known and 0 < steps < num_steps:
+    if status == "stopped" and type(steps) is int and 0 < steps < num_steps:
         found = f"stopped at step {steps} of {num_steps}"
         wanted = "complete, or stopped" if takes_stopped else "complete (go on with merit train, or --allow-partial)"
         return [Check("status", wanted, found, takes_stopped)], takes_stopped
-    wanted = compare("num_steps", num_steps, steps, known and steps == num_steps)
-    return [compare("status", "complete", status), wanted], False
+    planned = compare("num_steps", num_steps, steps, type(steps) is int and steps == num_steps)
+    return [compare("status", "complete", status), planned], False
 
 
 def structure_checks(plan: PartitionPlan, source: Source) -> list[Check]:
