@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.manifest import read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
+from merit_hf.report.page import write_report
 from merit_hf.sft import build_args
 from merit_hf.training import train_group
 from merit_hf.verification.checks import failed
@@ -111,6 +113,16 @@ def test_tensorboard_finds_them(evaluated: Path) -> None:
     (args,) = events.Tensors("args/text_summary")
     written = json.loads(args.tensor_proto.string_val[0])
     assert written["run_name"].endswith("-group-0")
+
+
+def test_the_report_shows_them(evaluated: Path, tiny_plan: PartitionPlan, tmp_path: Path) -> None:
+    shutil.copytree(str(tiny_plan.folder), tmp_path / "plan")
+    shutil.copytree(evaluated, tmp_path / "groups" / "0")
+    page = write_report(tmp_path).read_text()
+    assert "Held-out loss while training" in page
+    for entry in read_manifest(evaluated)["held_out_loss"]:
+        assert f"{entry['first']:.4f}" in page
+        assert f"{entry['last']:.4f}" in page
 
 
 def test_all_datasets_of_the_plan(tiny_plan: PartitionPlan, tmp_path: Path) -> None:
