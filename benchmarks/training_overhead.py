@@ -185,8 +185,8 @@ def overhead_section(models: dict[str, tuple[Path, int, int]], data: Path, scrat
         "requests) ÷ the same training by TRL alone, rounds in turns. *Fastest*: each step's fastest round. *Rounds*: "
         "median of the rounds' ratios, with the lowest and highest: the noise of the machine. *Inside our code*: the "
         "share of the steps' time that is spent in our hook and callbacks, timed call by call. *Once*: what is "
-        "checked before the first step (weights hashed, all tokens compared with the plan), in steps of this model: it "
-        "does not grow with the length of the training.",
+        "checked before the first step (weights hashed, all tokens compared with the plan), in steps of this model: "
+        "it does not grow with the length of the training.",
         "",
         "| model | steps | fastest | rounds | inside our code | once |",
         "|---|---:|---:|---:|---:|---:|",

@@ -22,6 +22,8 @@ from merit_hf.train_section import TrainSection
 
 # Put into a training's folder of unfinished work, it stops the training at its next step.
 STOP_NAME = "STOP"
+# Steps between two agreements of several processes, each of which waits for all of them.
+_ASK_EVERY = 10
 
 
 def held_out_rows(
@@ -103,33 +105,30 @@ class ShowSteps(TrainerCallback):
 
 
 class StopEarly(TrainerCallback):
-    """Saves and stops at a step, after a time, or where a file asks for it; all processes at the same step.
-
-    Attributes:
-        reason: why it stopped; None where it did not.
-    """
+    """Saves and stops at a step, after a time, or where a file asks for it; all processes at the same step."""
 
     def __init__(self, section: TrainSection, part: Path) -> None:
-        self.reason: str | None = None
         self._section = section
         self._file = part / STOP_NAME
         self._start = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        reason = self._reason(state.global_step)
-        if args.world_size > 1:
-            # Clocks differ, and a file is not seen everywhere in the same moment.
-            wish = torch.tensor([reason is not None], dtype=torch.int64, device=args.device)
-            torch.distributed.all_reduce(wish)
-            reason = reason or ("another process was to stop" if wish.item() else None)
-        if reason and state.global_step < state.max_steps:
-            self.reason = reason
+        if state.global_step < state.max_steps and self._stops(args, state.global_step):
             control.should_save = control.should_training_stop = True
 
-    def _reason(self, step: int) -> str | None:
-        section = self._section
-        if section.stop_at_step is not None and step >= section.stop_at_step:
-            return f"train.stop_at_step={section.stop_at_step}"
-        if section.max_hours is not None and time.monotonic() - self._start >= 3600 * section.max_hours:
-            return f"train.max_hours={section.max_hours:g}"
-        return f"{self._file} is there" if self._file.exists() else None
+    def _stops(self, args: Any, step: int) -> bool:
+        if self._section.stop_at_step is not None and step >= self._section.stop_at_step:
+            return True
+        if args.world_size == 1:
+            return self._is_asked_to()
+        if step % _ASK_EVERY:
+            return False
+        # Clocks differ, and a file is not seen everywhere in the same moment.
+        wish = torch.tensor([self._is_asked_to()], dtype=torch.int64, device=args.device)
+        torch.distributed.all_reduce(wish)
+        return bool(wish.item())
+
+    def _is_asked_to(self) -> bool:
+        hours = self._section.max_hours
+        late = hours is not None and time.monotonic() - self._start >= 3600 * hours
+        return late or self._file.exists()
