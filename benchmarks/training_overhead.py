@@ -23,6 +23,7 @@ import torch
 import yaml
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf import MeritCallback, MeritConfig, MeritPlanner, PartitionPlan, train_group
@@ -35,7 +36,7 @@ from merit_hf.versions import library_versions
 QUIET = Progress(quiet=True)
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 SFT = {
-    "learning_rate": 1e-3, "per_device_train_batch_size": 4, "max_length": 256, "logging_steps": 1, "bf16": False,
+    "learning_rate": 1e-3, "per_device_train_batch_size": 4, "max_length": 128, "logging_steps": 1, "bf16": False,
     "activation_checkpointing": False, "warmup_steps": 0.1, "save_strategy": "no", "seed": 0,
 }  # fmt: skip
 WARM = 2  # steps that are not timed
@@ -79,14 +80,20 @@ def main() -> None:
 
 
 def small_base(quickstart: Path, folder: Path) -> Path:
-    """Five million parameters beside an embedding of SmolLM2's tokens, random."""
-    tokenizer = AutoTokenizer.from_pretrained(quickstart)
+    """Five million parameters, random, and a tokenizer of 2,048 tokens made of the quickstart's data."""
+    files = sorted((quickstart.parent / "data").glob("*.jsonl"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(quickstart).train_new_from_iterator(lines, 2048)
     torch.manual_seed(0)
     sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6}
     config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=3, tie_word_embeddings=True, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def training_files(data: Path) -> list[Path]:
+    return sorted(file for file in data.glob("*.jsonl") if not file.stem.endswith("_eval"))
 
 
 def make_plan(base: Path, files: Sequence[Path], folder: Path, num_steps: int, **peft: Any) -> PartitionPlan:
@@ -113,11 +120,13 @@ def plain_trainer(
         output_dir=str(folder), use_cpu=not torch.accelerator.is_available(), report_to="none", disable_tqdm=True,
         **plan.config["sft"],
     )  # fmt: skip
-    return SFTTrainer(
+    trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), args=args,
         train_dataset=datasets.concatenate_datasets(rows), processing_class=AutoTokenizer.from_pretrained(base),
         callbacks=list(callbacks), peft_config=LoraConfig(task_type="CAUSAL_LM", **peft) if peft else None,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 class Spent:
@@ -158,10 +167,9 @@ def run(plan: PartitionPlan, folder: Path, ours: bool) -> tuple[list[float], flo
 
 
 def overhead_section(models: dict[str, tuple[Path, int, int]], data: Path, scratch: Path) -> list[str]:
-    files = sorted(file for file in data.glob("*.jsonl") if not file.stem.endswith("_eval"))
     lines = []
     for name, (base, num_steps, rounds) in models.items():
-        plan = make_plan(base, files, scratch / name.split(",")[0], num_steps)
+        plan = make_plan(base, training_files(data), scratch / name.split(",")[0], num_steps)
         sides: dict[bool, list[tuple[list[float], float, float]]] = {False: [], True: []}
         for number in range(rounds):
             for ours in (False, True) if number % 2 == 0 else (True, False):
@@ -196,7 +204,7 @@ def overhead_section(models: dict[str, tuple[Path, int, int]], data: Path, scrat
 
 def losses_section(base: Path, data: Path, scratch: Path) -> list[str]:
     """Ours is `train_group`, theirs a script of TRL's."""
-    talks = [json.loads(line) for file in sorted(data.glob("*[a-z].jsonl")) for line in file.open(encoding="utf-8")]
+    talks = [json.loads(line) for file in training_files(data) for line in file.open(encoding="utf-8")]
     pairs = [(talk["prompt"][0]["content"], talk["completion"][0]["content"]) for talk in talks]
     forms: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         "text": ([{"text": f"{prompt}\n{answer}"} for prompt, answer in pairs], {}),

@@ -19,14 +19,13 @@ from merit_hf.cards import merged_model_card
 from merit_hf.checkpoint import atomic_folder, weights_sha256
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import resolve_model
-from merit_hf.identity import Budget
 from merit_hf.manifest import hash_files, read_manifest, write_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME, MergeStats, merge_into, model_reference
 from merit_hf.mergekit_engine import MethodUse, mergekit_config
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.verification.checks import Check, failed, manifest_checks
 from merit_hf.verification.sources import FolderSource, Source, open_source
-from merit_hf.verification.verify import partial_replays, verify_checkpoints
+from merit_hf.verification.verify import Replay, partial_replays, verify_checkpoints
 from merit_hf.versions import library_versions
 
 SCHEMA_VERSION = 1
@@ -212,7 +211,7 @@ def _replayed_weights(
     folders: Mapping[int, Path],
     values: Sequence[float],
     weights: str | Path,
-    replays: Callable[[int, int], Budget],
+    replays: Replay,
 ) -> list[float]:
     """The weights, with those by tokens of the steps that were taken where a training was stopped."""
     count = {"tokens": "num_input_tokens", "loss_tokens": "num_loss_tokens"}.get(str(weights))
@@ -261,9 +260,7 @@ def _group_of(plan: PartitionPlan, source: Source) -> int:
     return group
 
 
-def verified_folders(
-    plan: PartitionPlan, sources: Sequence[Source], replays: Callable[[int, int], Budget] | None = None
-) -> list[Path]:
+def verified_folders(plan: PartitionPlan, sources: Sequence[Source], replays: Replay | None = None) -> list[Path]:
     """The folders of verified checkpoints, in order. `replays`: as in [`verify_checkpoints`].
 
     Raises:

@@ -22,6 +22,8 @@ from merit_hf.progress import Progress
 from merit_hf.verification.checks import Check, failed, manifest_checks, structure_checks
 from merit_hf.verification.sources import ADAPTER_NAME, FolderSource, Source, open_source
 
+# The budget of a group's first steps: see [`~partial.Replays`].
+Replay = Callable[[int, int], Budget]
 LEVELS = ("manifest", "weights", "behaviour")
 
 
@@ -67,7 +69,7 @@ def verify_checkpoint(
     return verify_checkpoints(plan, sources, level, progress, 1, replays)[0].checks
 
 
-def partial_replays(plan: PartitionPlan, progress: Progress | None = None) -> Callable[[int, int], Budget]:
+def partial_replays(plan: PartitionPlan, progress: Progress | None = None) -> Replay:
     """What gives [`verify_checkpoints`] the tokens of a group's first steps; see [`~partial.Replays`]."""
     from merit_hf.verification.partial import Replays
 
@@ -80,7 +82,7 @@ def verify_checkpoints(
     level: str = "weights",
     progress: Progress | None = None,
     num_asked: int | None = None,
-    replays: Callable[[int, int], Budget] | None = None,
+    replays: Replay | None = None,
 ) -> list[Verified]:
     """[`verify_checkpoint`] for several at once: their weights are read once, and compared with each other.
 
