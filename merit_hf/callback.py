@@ -293,15 +293,18 @@ class MeritCallback(TrainerCallback, ExportableState):
 
 def held_out_losses(log_history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """Of every dataset that was evaluated while training, its first and its last held-out loss, and at which steps."""
-    found = []
-    for name in names:
-        logged = [(log["step"], float(log[f"eval_{name}_loss"])) for log in log_history if f"eval_{name}_loss" in log]
-        if logged:
-            (first_step, first), (last_step, last) = logged[0], logged[-1]
-            found.append(
-                {"dataset": name, "first_step": first_step, "first": first, "last_step": last_step, "last": last}
-            )
-    return found
+    logged: dict[str, list[tuple[int, float]]] = {}
+    for log in log_history:
+        for key in log:
+            if key.startswith("eval_") and key.endswith("_loss"):
+                name = key.removeprefix("eval_").removesuffix("_loss")
+                logged.setdefault(name, []).append((log["step"], float(log[key])))
+    return [
+        {"dataset": name, "first_step": first[0], "first": first[1], "last_step": last[0], "last": last[1]}
+        for name in names
+        if name in logged
+        for first, last in [(logged[name][0], logged[name][-1])]
+    ]
 
 
 def stopped_checkpoint(plan: PartitionPlan, checkpoint: Path, folder: Path) -> None:

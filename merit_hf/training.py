@@ -116,8 +116,9 @@ def train_group(
         with open_trainer(model, tokenizer, args, rows, callbacks=callbacks, eval_dataset=held_out or None) as trainer:
             trainer.remove_callback(PrinterCallback)
             evaluate_aside(trainer)
-            if state.is_main_process:
-                write_mix(plan, group, prepared, len(trainer.train_dataset), args, part)
+            held = trainer.train_dataset
+            if state.is_main_process and isinstance(held, datasets.Dataset):
+                write_mix(plan, group, prepared, len(held), args, part)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             # The final push is ours: one commit that also removes what the intermediate ones left.
             trainer.save_model(str(part / "final"), _internal_call=True)
@@ -317,6 +318,7 @@ def _publish(part: Path, output: Path) -> None:
         shutil.copytree(part / _LOGS, final / _LOGS, dirs_exist_ok=True)
     if output.exists():
         # Of the same training, stopped before.
+        shutil.rmtree(part / "replaced", ignore_errors=True)
         os.rename(output, part / "replaced")
     os.rename(final, output)
     if not stopped:
@@ -363,7 +365,7 @@ def parse_places(texts: Sequence[str]) -> dict[str, str | Path]:
 
 
 def parse_placement(texts: Sequence[str]) -> dict[str, Any]:
-    """`sft.key=value` arguments as SFT fields, and `train.key=value` ones as they are."""
+    """`sft.key=value` arguments as SFT fields, and `train.key=value` ones by their whole name."""
     placement, beside = {}, {}
     for text in texts:
         key, equals, value = text.partition("=")
