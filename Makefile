@@ -4,7 +4,8 @@
 # make slurm     install Slurm and munge, which the tests of the launchers start, where there are none (Debian, Ubuntu)
 # make quality   lint, format, types, import directions
 # make bench     the benchmarks, into benchmarks/results (make bench-merge: the merge against the disk and mergekit;
-#                make bench-planner: gradients, sketches and memory; make bench-scale: ten thousand datasets)
+#                make bench-planner: gradients, sketches and memory; make bench-scale: ten thousand datasets;
+#                make bench-training: the cost beside plain TRL)
 # make screenshots  docs/tour.md and its pictures, from a finished quickstart
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/quickstart
 
-.PHONY: demo test test-slow test-all browser slurm bench bench-merge bench-planner bench-scale screenshots quality format clean
+.PHONY: demo test test-slow test-all browser slurm bench bench-merge bench-planner bench-scale bench-training screenshots quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt
@@ -65,6 +66,9 @@ bench-planner: $(VENV)/demo.done $(VENV)/dev.done
 
 bench-scale: $(VENV)/dev.done
 	$(BIN)/python benchmarks/planner_scale.py --output benchmarks/results/planner_scale.md
+
+bench-training: $(VENV)/demo.done
+	$(BIN)/python benchmarks/training_overhead.py $(RUN) --output benchmarks/results/training.md
 
 # The tour and the pictures of the report, from a finished quickstart.
 screenshots: $(VENV)/dev.done

@@ -8,8 +8,10 @@ token ledger, across processes and restarts. Every save and every push carries m
 
 from __future__ import annotations
 
+import shutil
 import sys
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from merit_hf.config import MeritError
 from merit_hf.data import add_digests, count_tokens, format_digest
 from merit_hf.images import IMAGES
 from merit_hf.ledger import TokenLedger
-from merit_hf.manifest import group_manifest, hash_files, write_manifest
+from merit_hf.manifest import group_manifest, hash_files, read_manifest, write_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.resolved import first_difference
 from merit_hf.sft import chat_template_sha256, identity_fields
@@ -55,7 +57,7 @@ class MeritCallback(TrainerCallback, ExportableState):
         self.ledger = TokenLedger()
         self.totals = dict.fromkeys(TokenLedger.FIELDS, 0)
         self.final_loss: float | None = None
-        self._finished = False
+        self._status = "training"
         self._trainer: Trainer | None = None
         self._save_total_limit: int | None = None
 
@@ -90,7 +92,7 @@ class MeritCallback(TrainerCallback, ExportableState):
                 "base anew for every group."
             )
         _trained_models.add(weights)
-        self._finished = False
+        self._status = "training"
         self.final_loss = next((float(log["loss"]) for log in reversed(state.log_history) if "loss" in log), None)
         self._save_total_limit = args.save_total_limit
         self.ledger.start(model, before)
@@ -124,7 +126,8 @@ class MeritCallback(TrainerCallback, ExportableState):
         self.totals = self.ledger.total()
         self.ledger.stop()
         args.save_total_limit = self._save_total_limit
-        self._finished = state.global_step == self.plan.group(self.group).num_steps
+        planned = self.plan.group(self.group).num_steps
+        self._status = "complete" if state.global_step == planned else "stopped"
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,9 +166,11 @@ class MeritCallback(TrainerCallback, ExportableState):
         facts: dict[str, Any] = {"num_processes": trainer.args.world_size, "final_loss": self.final_loss}
         if self.plan.peft:
             facts["peft"] = model_settings(trainer.accelerator.unwrap_model(trainer.model))
-        status = "complete" if self._finished else "training"
+        held_out = held_out_losses(trainer.state.log_history, self.plan.names)
+        if held_out:
+            facts["held_out_loss"] = held_out
         steps, sft = trainer.state.global_step, self._identity(trainer.args)
-        return group_manifest(self.plan, self.group, self.totals, steps, sft, status, facts)
+        return group_manifest(self.plan, self.group, self.totals, steps, sft, self._status, facts)
 
     def _write(self, trainer: Trainer, folder: Path) -> None:
         if not trainer.is_world_process_zero():
@@ -174,7 +179,7 @@ class MeritCallback(TrainerCallback, ExportableState):
         # A push while training takes this file, rewritten there, from the checkpoint.
         if self.plan.peft and (folder / ADAPTER_CONFIG_NAME).exists():
             publish_adapter_config(folder, self.plan.base["repo_id"], self.plan.base["revision"])
-        if self._finished:
+        if self._status != "training":
             manifest["files"] = hash_files(folder)
         self._write_card(trainer, folder, manifest)
         write_manifest(folder, manifest)
@@ -295,6 +300,31 @@ class MeritCallback(TrainerCallback, ExportableState):
             )
         # Each process adds its own count to the total; the restored one must enter once.
         return kept["totals"]
+
+
+def held_out_losses(log_history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of every dataset that was evaluated while training, its first and its last held-out loss, and at which steps."""
+    logged: dict[str, list[tuple[int, float]]] = {}
+    for log in log_history:
+        for key in log:
+            if key.startswith("eval_") and key.endswith("_loss"):
+                name = key.removeprefix("eval_").removesuffix("_loss")
+                logged.setdefault(name, []).append((log["step"], float(log[key])))
+    return [
+        {"dataset": name, "first_step": first[0], "first": first[1], "last_step": last[0], "last": last[1]}
+        for name in names
+        if name in logged
+        for first, last in [(logged[name][0], logged[name][-1])]
+    ]
+
+
+def stopped_checkpoint(plan: PartitionPlan, checkpoint: Path, folder: Path) -> None:
+    """What a Trainer saved on the way as a checkpoint of its own, which says at which step it was stopped."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.pt", "*.pth", "*.bin", "optimizer_*"))
+    manifest = {**read_manifest(folder), "status": "stopped", "files": hash_files(folder)}
+    (folder / "README.md").write_text(group_model_card(plan, manifest), encoding="utf-8")
+    write_manifest(folder, manifest)
 
 
 def _adapter_has_moved(model: PreTrainedModel) -> bool:

@@ -74,6 +74,7 @@ def plan_dataset_card(plan: PartitionPlan, pairs: ConflictPairs | None = None) -
         members={group.group: _names(group.datasets) for group in plan.groups},
         pairs=_extreme_pairs(plan, pairs),
         tested=MANY_DATASETS,
+        weights=_settings({d["name"]: d["weight"] for d in plan.config["datasets"] if d.get("weight", 1.0) != 1.0}),
         added=[dataset.name for dataset in plan.datasets if dataset.projected_group is not None],
         bounds=_bounds(plan),
         trust=_trust(plan),
@@ -102,6 +103,11 @@ def group_model_card(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
         manifest=manifest,
         base=_base(manifest["base"]),
         num_groups=len(plan.groups),
+        planned_steps=plan.group(manifest["group"]).num_steps,
+        held_out=[
+            [h["dataset"], f"{h['first']:.4f} ({h['first_step']:,})", f"{h['last']:.4f} ({h['last_step']:,})"]
+            for h in manifest.get("held_out_loss", [])
+        ],
         rows=[
             [d["name"], _source(d), f"{d['num_examples']:,}", f"{d['num_input_tokens']:,}"]
             for d in manifest["datasets"]
@@ -172,6 +178,7 @@ def merged_model_card(
         # The groups of a round are tagged with those of the plan of all rows.
         how=_SPLITS[manifest.get("round", plan.config["plan"])["split"]],
         verified=_verified(manifest["groups"]),
+        stopped=[g for g in manifest["groups"] if "stopped_at_step" in g],
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
         command=Markdown(merge_command(plan, manifest)),
         trained=[str(parent.number) for parent in made_of if parent.kind == "group"]
@@ -267,6 +274,8 @@ def merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
         command += f" --interpolate-to-init {manifest['interpolate_to_init']:g}"
     if manifest.get("asked_out_dtype"):
         command += f" --out-dtype {manifest['asked_out_dtype']}"
+    if any("stopped_at_step" in group for group in manifest["groups"]):
+        command += " --allow-partial"
     return command + (" --allow-missing" if len(manifest["groups"]) < plan.num_groups else "")
 
 

@@ -10,6 +10,7 @@ import typer
 from merit_hf import cli_hub, cli_plan, cli_train
 from merit_hf.cli_options import (
     AccelerateConfig,
+    AllowPartial,
     ConfigArgument,
     Data,
     Debug,
@@ -127,11 +128,13 @@ def merge(
         bool, typer.Option("--soup", help="Add a group only where the mean held-out loss falls (greedy soup).")
     ] = False,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Merge fewer groups than planned.")] = False,
+    allow_partial: AllowPartial = False,
     adapters: Annotated[
         Optional[str], typer.Option(help="LoRA groups become: dense (a full model, default), concat or svd.")
     ] = None,
     svd_rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the merged adapter, for svd.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+    data: Data = None,
     debug: Debug = False,
 ) -> None:
     """Verify the groups and average them, weighted by tokens."""
@@ -145,6 +148,7 @@ def merge(
             raise ConfigError(
                 "--with-merged takes one --weights and no --soup: the merged model's groups cannot be weighed anew."
             )
+        loaded.supply(dict(named_values(data, "--data")))
         chosen = checkpoints or accepted_checkpoints(loaded)
         section = loaded.config["merge"]
         weightings = weights or [loaded.local.get("merge_weights") or section["weights"]]
@@ -153,6 +157,8 @@ def merge(
             raise ConfigError(
                 "--soup takes one --weights, and makes a dense model. Make a soup of each in its own call."
             )
+        if soup and allow_partial:
+            raise ConfigError("--soup chooses among finished groups. Leave --allow-partial out.")
         from merit_hf.progress import Progress
 
         alpha = interpolate_to_init
@@ -179,7 +185,7 @@ def merge(
             if form != "dense":
                 rank = svd_rank or (section.get("svd_rank") if form == "svd" else None)
                 options |= {"adapters": form, "svd_rank": rank}
-
+            options["allow_partial"] = allow_partial
             with Progress().stage("Merging", unit="tensors") as stage:
                 merge_sweep(loaded, chosen, output, weightings, progress=stage.update, **options)
         report_merge(output, plan, len(weightings) > 1, soup)

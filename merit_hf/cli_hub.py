@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from merit_hf.cli_options import Checkpoints, Data, Debug, PlanArgument, named_values, quiet, say
+from merit_hf.cli_options import AllowPartial, Checkpoints, Data, Debug, PlanArgument, named_values, quiet, say
 from merit_hf.entry import exit_on_error
 
 HubPlan = Annotated[str, typer.Argument(metavar="PLAN", help="Hub id of the plan: org/name[@revision].")]
@@ -27,6 +27,7 @@ def verify(
     plan: PlanArgument,
     checkpoints: Checkpoints,
     level: Level = "weights",
+    allow_partial: AllowPartial = False,
     data: Data = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -40,11 +41,12 @@ def verify(
         quiet()
         from merit_hf.plan import PartitionPlan
         from merit_hf.verification.sources import open_source
-        from merit_hf.verification.verify import verify_checkpoints
+        from merit_hf.verification.verify import partial_replays, verify_checkpoints
 
         loaded = PartitionPlan.from_pretrained(plan)
         loaded.supply(dict(named_values(data, "--data")))
-        results = verify_checkpoints(loaded, [open_source(text) for text in checkpoints], level)
+        replays = partial_replays(loaded) if allow_partial else None
+        results = verify_checkpoints(loaded, [open_source(text) for text in checkpoints], level, replays=replays)
         if as_json:
             content = [
                 {"checkpoint": text, "ok": result.ok, "group": result.group, "level": level,
@@ -136,6 +138,8 @@ def release(plan: HubPlan, group: Group, debug: Debug = False) -> None:
 def contribute(
     plan: HubPlan,
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Hub id org/name[@revision] of the group.")],
+    allow_partial: AllowPartial = False,
+    data: Data = None,
     debug: Debug = False,
 ) -> None:
     """Offer a trained group to the plan: a pull request that registers it, pinned to its commit."""
@@ -144,10 +148,18 @@ def contribute(
         from merit_hf.plan import PartitionPlan
         from merit_hf.sharing.community import contribute as contribute_checkpoint
 
-        say(contribute_checkpoint(PartitionPlan.from_pretrained(plan), checkpoint))
+        loaded = PartitionPlan.from_pretrained(plan)
+        loaded.supply(dict(named_values(data, "--data")))
+        say(contribute_checkpoint(loaded, checkpoint, allow_partial))
 
 
-def accept(plan: HubPlan, level: Level = "behaviour", data: Data = None, debug: Debug = False) -> None:
+def accept(
+    plan: HubPlan,
+    level: Level = "behaviour",
+    allow_partial: AllowPartial = False,
+    data: Data = None,
+    debug: Debug = False,
+) -> None:
     """Decide on the plan's pending claims and contributions, in the order in which they came.
 
     Claims of free groups and checkpoints that verify are taken; the others are closed with the reason as a comment.
@@ -161,7 +173,7 @@ def accept(plan: HubPlan, level: Level = "behaviour", data: Data = None, debug: 
         loaded = PartitionPlan.from_pretrained(plan)
         loaded.supply(dict(named_values(data, "--data")))
         count = 0
-        for decision in decide(loaded, level):
+        for decision in decide(loaded, level, allow_partial=allow_partial):
             count += decision.verdict != "left"
             say(f"#{decision.num} {decision.title} ({decision.author}): {decision.verdict}: {decision.reason}")
         say(f"{count} pull requests decided." if count else "Nothing was pending.")

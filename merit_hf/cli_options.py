@@ -27,6 +27,14 @@ NumProcesses = Annotated[Optional[int], typer.Option(help="Train with this many 
 AccelerateConfig = Annotated[
     Optional[Path], typer.Option(help="Config file for accelerate launch (FSDP, ZeRO, CPU, …).")
 ]
+AllowPartial = Annotated[
+    bool,
+    typer.Option(
+        "--allow-partial",
+        help="Take groups that were stopped before their planned steps, at the tokens of the steps that they took. "
+        "Needs their data here.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Data = Annotated[
     Optional[list[str]],

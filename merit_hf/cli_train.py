@@ -40,7 +40,10 @@ def train(
     output: Output,
     placement: Annotated[
         Optional[list[str]],
-        typer.Argument(metavar="[sft.KEY=VALUE]...", help="SFT fields that do not change the result."),
+        typer.Argument(
+            metavar="[sft.KEY=VALUE]...",
+            help="SFT fields that do not change the result; train.KEY=VALUE, such as train.max_hours=12.",
+        ),
     ] = None,
     launcher: Annotated[str, typer.Option(help="Where it runs: local, slurm or hf-jobs.")] = "local",
     num_processes: NumProcesses = None,

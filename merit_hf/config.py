@@ -28,6 +28,7 @@ from merit_hf.errors import MeritError as MeritError
 from merit_hf.fields import check_fields, nearest
 from merit_hf.overrides import apply_override, read_mapping
 from merit_hf.overrides import parse_value as parse_value
+from merit_hf.train_section import TrainSection
 
 # Scores of an answer against its reference; beside them, every task of reasoning-gym has a scorer of its own.
 METRICS = ("exact_match", "chrf", "rouge1", "rouge2", "rougeL", "none")
@@ -72,6 +73,9 @@ class DatasetSection(_Section):
             the entry is then called `NAME#2`. `plan.split_oversized` makes such entries.
         metric (`str`, *optional*): what `merit evaluate` scores answers by: one of [`METRICS`], or
             `reasoning_gym.TASK`. Default: by the length of the references.
+        weight (`float`, *optional*, defaults to `1`): how often an epoch passes over the dataset: 2 takes every row
+            twice, 0.5 rows with half of its tokens, drawn by the dataset's name. A dataset's share of its group's
+            tokens is so in proportion to its weight times its tokens.
     """
 
     name: str = Field(min_length=1)
@@ -91,6 +95,7 @@ class DatasetSection(_Section):
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
     part: str | None = None
     metric: str | None = None
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 class PlanSection(_Section):
@@ -234,6 +239,7 @@ class MeritConfig(_Section):
     plan: PlanSection = PlanSection()
     sft: dict[str, Any] = {}
     peft: dict[str, Any] | None = None
+    train: TrainSection = TrainSection()
     merge: MergeSection = MergeSection()
     run: RunSection = RunSection()
     hub: HubSection = HubSection()
@@ -337,8 +343,8 @@ def _keys(model: Any) -> list[str]:
 
 def _section_of(location: tuple[int | str, ...]) -> type[BaseModel]:
     sections: dict[Any, type[BaseModel]] = {
-        "base": BaseSection, "datasets": DatasetSection, "plan": PlanSection, "merge": MergeSection, "run": RunSection,
-        "hub": HubSection,
+        "base": BaseSection, "datasets": DatasetSection, "plan": PlanSection, "train": TrainSection,
+        "merge": MergeSection, "run": RunSection, "hub": HubSection,
     }  # fmt: skip
     return sections.get(location[0], MeritConfig) if len(location) > 1 else MeritConfig
 

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class LoadedDataset:
         fingerprint: sha256 over the canonical JSON of the train rows, in which an image is the sha256 of its file.
         repo_id, revision: on the Hub; None for a local file.
         images: the column of the file or repo that became `images`; None where the rows have none.
+        weight: how often an epoch passes over the rows.
+        source: where in the file or split each row of `train` stands, int64.
     """
 
     name: str
@@ -57,6 +59,8 @@ class LoadedDataset:
     repo_id: str | None
     revision: str | None
     images: str | None = None
+    weight: float = 1.0
+    source: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 def is_local(path: str, root: Path) -> bool:
@@ -89,14 +93,18 @@ def load_rows(
         return with_images(rows, images, folder, f"datasets.{spec.name}"), images
 
     train, images = read(spec.path, spec.split, revision)
+    # Goes through the same selections as the rows.
+    places = datasets.Dataset.from_dict({"row": np.arange(len(train))})
     if spec.eval_path is not None:
         held_out = read(spec.eval_path, spec.eval_split or spec.split, None)[0]
     elif spec.eval_split is not None:
         held_out = read(spec.path, spec.eval_split, revision)[0]
     else:
-        train, held_out = hold_out(train, spec.eval_fraction, whole_name(spec.name, spec.part))
+        whole = whole_name(spec.name, spec.part)
+        places = hold_out(places, spec.eval_fraction, whole)[0]
+        train, held_out = hold_out(train, spec.eval_fraction, whole)
     if spec.part is not None:
-        train = take_part(train, spec.part, spec.name)
+        train, places = (take_part(rows, spec.part, spec.name) for rows in (train, places))
         held_out = None if held_out is None else take_part(held_out, spec.part, spec.name)
     if METADATA in train.column_names:
         train = train.remove_columns(METADATA)
@@ -111,6 +119,8 @@ def load_rows(
         repo_id=None if local else spec.path,
         revision=revision,
         images=images,
+        weight=spec.weight,
+        source=np.array(places["row"], dtype=np.int64),
     )
 
 
@@ -128,6 +138,20 @@ def take_part(rows: datasets.Dataset, part: str, name: str) -> datasets.Dataset:
     number, count = part_of(part)
     order = np.random.default_rng(seed_of("part", whole_name(name, part))).permutation(len(rows))
     return rows.select(np.sort(order[number - 1 :: count]))
+
+
+def weighted_rows(input_tokens: np.ndarray, weight: float, name: str) -> np.ndarray:
+    """Which rows an epoch takes of a dataset with `weight`, int64 indices: whole passes, then a part of one.
+
+    The part holds rows, drawn by the dataset's name, whose tokens come closest to its share; at least one row in all.
+    """
+    count, passes = len(input_tokens), int(weight)
+    order = np.random.default_rng(seed_of("weight", name)).permutation(count)
+    reached = np.concatenate([[0], np.cumsum(input_tokens[order])])
+    taken = int(np.abs(reached - (weight - passes) * reached[-1]).argmin())
+    if passes == 0:
+        taken = max(1, taken)
+    return np.concatenate([np.tile(np.arange(count), passes), np.sort(order[:taken])]).astype(np.int64)
 
 
 def seed_of(*parts: object) -> int:

@@ -20,8 +20,10 @@ _NUM_TEXTS, _NUM_COMPONENTS, _BATCH = 200, 100, 32
 
 def dataset_texts(dataset: PreparedDataset, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[str]:
     """Up to 200 examples as the model reads them, cut as it does, without special tokens; drawn by (seed, name)."""
-    chosen = sample_indices(len(dataset.train), _NUM_TEXTS, seed_of(seed, "texts", dataset.name))
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in dataset.train.select(chosen)["input_ids"]]
+    chosen = sample_indices(len(dataset.distinct), _NUM_TEXTS, seed_of(seed, "texts", dataset.name))
+    return [
+        str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in dataset.distinct.select(chosen)["input_ids"]
+    ]
 
 
 def tfidf_points(texts: Sequence[Sequence[str]], seed: int) -> np.ndarray:

@@ -98,13 +98,15 @@ def estimate_plan(config: MeritConfig, progress: Progress | None = None) -> Esti
             rows = tokenize_rows(model, tokenizer, args, dataset.train.select(chosen)).rows
             mean = count_tokens(rows).num_input_tokens / len(chosen)
             samples.append(rows)
-            tokens.append(mean * len(dataset.train))
+            tokens.append(mean * len(dataset.train) * dataset.weight)
             sampled.append(mean * min(largest, len(dataset.train)))
             stage.advance()
     fullest = max(range(len(samples)), key=lambda number: tokens[number])
     with open_loss(model, tokenizer, args, samples[fullest]) as trainer:
         probed, seconds = _probe(trainer, samples[fullest], config.plan.tokens_per_batch)
-    return _estimate(config, args, model, [len(d.train) for d in loaded], tokens, sum(sampled), probed, seconds)
+    return _estimate(
+        config, args, model, [round(len(d.train) * d.weight) for d in loaded], tokens, sum(sampled), probed, seconds
+    )
 
 
 def _probe(trainer: SFTTrainer, rows: datasets.Dataset, tokens_per_batch: int) -> tuple[int, float]:

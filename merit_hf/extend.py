@@ -159,7 +159,8 @@ class _Projection:
         start = time.monotonic()
         plan, part = self.plan, output.with_name(output.name + ".part")
         args = build_args(dict(self.config.sft))
-        different = first_difference(plan.sft, identity_fields(args), "sft")
+        given = {key: value for key, value in plan.sft.items() if key != "mixture_steps"}
+        different = first_difference(given, identity_fields(args), "sft")
         if different:
             raise MeritError(
                 f"this TRL resolves the plan's settings otherwise ({different}). Use the plan's versions."
@@ -181,6 +182,7 @@ class _Projection:
                 "parent": plan.sha256,
                 "datasets": {dataset.name: dataset.fingerprint for dataset in loaded},
                 "branches": self.branches,
+                **{f"weight of {dataset.name}": dataset.weight for dataset in loaded if dataset.weight != 1},
             }
         )
         if output.exists():
@@ -300,13 +302,14 @@ class _Projection:
         trains = {dataset.name: dataset.train for dataset in prepared}
         first = int(max(row.group for row, is_fitted in zip(plan.datasets, self.fitted, strict=True) if is_fitted))
         tokens = sum(group.num_input_tokens for group in plan.groups[: first + 1])
+        steps_of_all = {key: value for key, value in plan.sft.items() if key == "mixture_steps"}
         for number in sorted({row.group for row in rows}):
             members = [row for row in rows if row.group == number]
             steps = args.max_steps
             if steps > 0:
                 steps = max(1, round(steps * sum(row.num_input_tokens for row in members) / tokens))
             with group_steps(args, steps):
-                branches += plan_groups(members, trains, model, tokenizer, args, plan.base, plan.peft)
+                branches += plan_groups(members, trains, model, tokenizer, args, plan.base, plan.peft, steps_of_all)
         return branches
 
     def _local(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from merit_hf.mergekit_engine import LINEAR, MethodUse, mergekit_config
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.verification.checks import Check, failed, manifest_checks
 from merit_hf.verification.sources import FolderSource, Source, open_source
-from merit_hf.verification.verify import verify_checkpoints
+from merit_hf.verification.verify import Replay, partial_replays, verify_checkpoints
 from merit_hf.versions import library_versions
 
 SCHEMA_VERSION = 1
@@ -58,6 +58,7 @@ def merge_groups(
     interpolate_to_init: float = 1.0,
     with_merged: str | Path | None = None,
     round_of: Mapping[str, Any] | None = None,
+    allow_partial: bool = False,
 ) -> MergeStats:
     """Merge the groups of a plan once, after verifying each checkpoint against it.
 
@@ -79,6 +80,8 @@ def merge_groups(
         with_merged (`str` or `Path`, *optional*): folder or Hub id of a merged model in the stead of the groups in it,
             with the sum of their weights. It was merged under this plan, or under one that this one extends.
         round_of (`Mapping`, *optional*): which round of a run this is, for the manifest; see [`rounds`].
+        allow_partial (`bool`, *optional*, defaults to `False`): take trainings that were stopped before their planned
+            steps, weighted by the tokens of the steps that they took, which are replayed from the group's data.
 
     Raises:
         ConfigError: a group is missing, given twice, not in the plan, or has no usable weight; `output` exists; or
@@ -94,18 +97,20 @@ def merge_groups(
     chosen = chosen_groups(plan, checkpoints, exclude, allow_missing, before.numbers if before else ())
     numbers = sorted(chosen)
     values = group_weights(plan, numbers, weights)
-    if before is not None:
-        values = [sum(group_weights(plan, before.numbers, weights)), *values]
     folder = plan.base_folder() if base is None else _locate(base, "base")
     with atomic_folder(Path(output)) as part:
         _verify_base(plan, folder)
         # A shallow copy, since `replace` would read the conflict matrix of a large plan.
         here = copy.copy(plan)
         here.local = {**plan.local, "base": str(folder)}
-        folders = verified_folders(here, [chosen[number] for number in numbers])
+        replays = partial_replays(here) if allow_partial else None
+        folders = verified_folders(here, [chosen[number] for number in numbers], replays)
         trained = dict(zip(numbers, folders, strict=True))
+        if replays is not None:
+            values = _replayed_weights(plan, trained, values, weights, replays)
         if before is not None:
             folders = [before.folder, *folders]
+            values = [sum(group_weights(plan, before.numbers, weights)), *values]
         stats: MergeStats
         if adapters == "dense":
             stats = merge_into(
@@ -250,6 +255,23 @@ def group_weights(plan: PartitionPlan, numbers: Sequence[int], weights: str | Pa
     return [_number(table[str(number)], f"{weights}: group {number}") for number in numbers]
 
 
+def _replayed_weights(
+    plan: PartitionPlan,
+    folders: Mapping[int, Path],
+    values: Sequence[float],
+    weights: str | Path,
+    replays: Replay,
+) -> list[float]:
+    """The weights, with those by tokens of the steps that were taken where a training was stopped."""
+    count = {"tokens": "num_input_tokens", "loss_tokens": "num_loss_tokens"}.get(str(weights))
+    found = list(values)
+    for index, (number, folder) in enumerate(folders.items()):
+        steps = read_manifest(folder)["num_steps"]
+        if count and steps < plan.group(number).num_steps:
+            found[index] = getattr(replays(number, steps), count)
+    return found
+
+
 def _read_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(
@@ -287,14 +309,14 @@ def _group_of(plan: PartitionPlan, source: Source) -> int:
     return group
 
 
-def verified_folders(plan: PartitionPlan, sources: Sequence[Source]) -> list[Path]:
-    """The folders of verified checkpoints, in order.
+def verified_folders(plan: PartitionPlan, sources: Sequence[Source], replays: Replay | None = None) -> list[Path]:
+    """The folders of verified checkpoints, in order. `replays`: as in [`verify_checkpoints`].
 
     Raises:
         MeritError: the first check that failed, what it found and what it expected.
     """
     folders = []
-    for result in verify_checkpoints(plan, sources, LEVEL):
+    for result in verify_checkpoints(plan, sources, LEVEL, replays=replays):
         if not result.ok or result.folder is None:
             raise _refused(result.source, result.checks)
         folders.append(result.folder)
@@ -304,6 +326,11 @@ def verified_folders(plan: PartitionPlan, sources: Sequence[Source]) -> list[Pat
 def _refused(source: Source, checks: list[Check]) -> MeritError:
     check = failed(checks)
     assert check is not None
+    if check.name == "status":
+        return MeritError(
+            f"{source.name}: not finished: {check.found}. Go on with merit train, accept what was trained with "
+            "--allow-partial (weighted by the tokens of its steps), or plan again with as many steps."
+        )
     return MeritError(
         f"{source.name}: does not verify: {check.name} is {check.found}, expected {check.expected}. Train the group "
         "again from this plan, or leave it out with --exclude."
@@ -324,6 +351,14 @@ def _locate(path: str | Path, where: str) -> Path:
         return Path(path).resolve()
     name, _, revision = str(path).partition("@")
     return resolve_model(name, revision or None, Path(), where)[0]
+
+
+def _stopped_at(plan: PartitionPlan, number: int, manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Of a training that was stopped, the step and how many were planned."""
+    planned = plan.group(number).num_steps
+    return (
+        {"stopped_at_step": manifest["num_steps"], "planned_steps": planned} if manifest["num_steps"] < planned else {}
+    )
 
 
 def _merged_manifest(
@@ -354,6 +389,7 @@ def _merged_manifest(
                 "weight": fraction,
                 "num_input_tokens": manifest["num_input_tokens"],
                 "num_loss_tokens": manifest["num_loss_tokens"],
+                **_stopped_at(plan, number, manifest),
                 "files_sha256": canonical_sha256(manifest["files"]),
                 "verified": LEVEL,
                 "repo_id": None if repo_id.startswith("/") else repo_id,

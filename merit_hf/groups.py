@@ -13,7 +13,8 @@ from trl import SFTConfig
 from merit_hf import partition
 from merit_hf.config import MeritError, PlanSection
 from merit_hf.data import count_tokens
-from merit_hf.ledger import replay
+from merit_hf.identity import counts_steps, group_fields
+from merit_hf.ledger import count_steps, replay
 from merit_hf.mixture import PreparedDataset
 from merit_hf.plan import PlannedDataset, PlannedGroup, group_identity
 from merit_hf.sft import group_steps, identity_fields, training_rows
@@ -101,10 +102,12 @@ def plan_groups(
     args: SFTConfig,
     base: dict[str, Any],
     peft: dict[str, Any],
+    steps_of_all: Mapping[str, int],
 ) -> list[PlannedGroup]:
     """Counts, replayed training budget, weight and identity of every group.
 
-    `sft.max_steps` is the budget of the whole mixture: groups share it by their input tokens.
+    `sft.max_steps` is the budget of the whole mixture: groups share it by their input tokens. `steps_of_all`: what
+    [`mixture_steps`] says of the mixture.
     """
     numbers = sorted({row.group for row in rows})
     members = {number: [row for row in rows if row.group == number] for number in numbers}
@@ -116,7 +119,8 @@ def plan_groups(
             merged = datasets.concatenate_datasets([trains[row.name] for row in members[number]])
             counts = count_tokens(training_rows(model, tokenizer, args, merged))
             budgets[number] = replay(counts.input_tokens, counts.loss_tokens, args)
-            identities[number] = group_identity(base, members[number], identity_fields(args), peft)
+            fields = group_fields({**identity_fields(args), **steps_of_all}, budgets[number].num_steps)
+            identities[number] = group_identity(base, members[number], fields, peft)
     total = sum(budget.num_input_tokens for budget in budgets.values())
     return [
         PlannedGroup(
@@ -133,6 +137,18 @@ def plan_groups(
         )
         for number in numbers
     ]
+
+
+def mixture_steps(
+    trains: Mapping[str, datasets.Dataset], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
+) -> dict[str, int]:
+    """{"mixture_steps": steps of training on everything at once}; empty where the schedule counts no steps."""
+    if not counts_steps(identity_fields(args)):
+        return {}
+    if args.max_steps > 0:
+        return {"mixture_steps": args.max_steps}
+    rows = training_rows(model, tokenizer, args, datasets.concatenate_datasets(list(trains.values())))
+    return {"mixture_steps": count_steps(len(rows), args)}
 
 
 def _shared_steps(max_steps: int, tokens: Mapping[int, int]) -> dict[int, int]:

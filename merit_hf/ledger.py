@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,15 +11,7 @@ from torch import nn
 from trl import SFTConfig
 
 from merit_hf.config import ConfigError
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one training takes: optimizer steps and tokens, over all epochs."""
-
-    num_steps: int
-    num_input_tokens: int
-    num_loss_tokens: int
+from merit_hf.identity import Budget as Budget
 
 
 def replay(input_tokens: np.ndarray, loss_tokens: np.ndarray, args: SFTConfig) -> Budget:
@@ -34,29 +25,47 @@ def replay(input_tokens: np.ndarray, loss_tokens: np.ndarray, args: SFTConfig) -
     """
     num_rows = len(input_tokens)
     effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    rows_an_epoch = num_rows
-    if args.dataloader_drop_last:
-        rows_an_epoch = num_rows // args.per_device_train_batch_size * args.per_device_train_batch_size
-    if rows_an_epoch == 0:
-        raise ConfigError(
-            f"sft.dataloader_drop_last=true leaves nothing of {num_rows} rows at sft.per_device_train_batch_size="
-            f"{args.per_device_train_batch_size}. Lower the batch size."
-        )
-    steps_an_epoch = max(1, math.ceil(rows_an_epoch / effective))
-    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
-    epochs, steps_left = divmod(num_steps, steps_an_epoch)
+    rows_an_epoch = _rows_an_epoch(num_rows, args)
+    num_steps = count_steps(num_rows, args)
+    epochs, steps_left = divmod(num_steps, steps_an_epoch(num_rows, args))
     if rows_an_epoch == num_rows and steps_left == 0:
         return Budget(num_steps, epochs * int(input_tokens.sum()), epochs * int(loss_tokens.sum()))
     totals = [0, 0]
     for epoch in range(epochs + bool(steps_left)):
         count = rows_an_epoch if epoch < epochs else min(steps_left * effective, rows_an_epoch)
-        order = _epoch_order(num_rows, args, epoch)[:count]
+        order = epoch_order(num_rows, args, epoch)[:count]
         totals[0] += int(input_tokens[order].sum())
         totals[1] += int(loss_tokens[order].sum())
     return Budget(num_steps, *totals)
 
 
-def _epoch_order(num_rows: int, args: SFTConfig, epoch: int) -> np.ndarray:
+def count_steps(num_rows: int, args: SFTConfig) -> int:
+    """Optimizer steps of training on so many rows; raises ConfigError where no batch is ever full."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_an_epoch(num_rows, args))
+
+
+def steps_an_epoch(num_rows: int, args: SFTConfig) -> int:
+    """Optimizer steps that pass once over so many rows; raises ConfigError where no batch is ever full."""
+    effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return max(1, math.ceil(_rows_an_epoch(num_rows, args) / effective))
+
+
+def _rows_an_epoch(num_rows: int, args: SFTConfig) -> int:
+    if not args.dataloader_drop_last:
+        return num_rows
+    kept = num_rows // args.per_device_train_batch_size * args.per_device_train_batch_size
+    if kept == 0:
+        raise ConfigError(
+            f"sft.dataloader_drop_last=true leaves nothing of {num_rows} rows at sft.per_device_train_batch_size="
+            f"{args.per_device_train_batch_size}. Lower the batch size."
+        )
+    return kept
+
+
+def epoch_order(num_rows: int, args: SFTConfig, epoch: int) -> np.ndarray:
+    """The order in which the Trainer takes the rows in an epoch, int64 indices; ConfigError where it is not known."""
     if args.train_sampling_strategy == "sequential":
         return np.arange(num_rows)
     if args.train_sampling_strategy != "random":

@@ -17,6 +17,8 @@ MANIFEST_NAME = "merit.json"
 SCHEMA_VERSION = 1
 # Never read by anything here; a Trainer leaves them beside the weights.
 TRAINER_STATE = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json")
+# What was trained on, row by row; no part of the model.
+MIX_FILES = ("mix.json", "mix.parquet")
 # The manifest of a mixture of thousands of datasets is smaller.
 MAX_BYTES = 16 << 20
 
@@ -35,7 +37,7 @@ def group_manifest(
     Args:
         ledger: num_input_tokens, num_loss_tokens, num_padding_tokens that were processed.
         sft: the identity fields that were trained with.
-        status: `training` (an intermediate save) or `complete`.
+        status: `training` (an intermediate save), `stopped` (ended before its planned steps) or `complete`.
         facts: further entries, such as `final_loss` and `num_processes`.
     """
     planned = plan.group(group)
@@ -78,17 +80,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return parse_manifest(path.read_bytes(), str(path))
 
 
-def is_trained(group_sha256: str, group: int, output: Path) -> bool:
-    """Whether `output` is the finished checkpoint of the group, or is still to be made.
+def end_of_training(group_sha256: str, group: int, output: Path) -> str | None:
+    """How the training of the group in `output` ended: `complete`, `stopped`, or None where it is still to be made.
 
     Raises:
         ConfigError: it holds something else.
     """
     if not output.exists():
-        return False
+        return None
     manifest = read_manifest(output) if (output / MANIFEST_NAME).exists() else {}
-    if manifest.get("group_sha256") == group_sha256 and manifest.get("status") == "complete":
-        return True
+    status = manifest.get("status")
+    if manifest.get("group_sha256") == group_sha256 and status in ("complete", "stopped"):
+        return str(status)
     raise ConfigError(
         f"{output} exists and is not group {group} of this plan (group_sha256 "
         f"{str(manifest.get('group_sha256'))[:12]}, planned {group_sha256[:12]}). Give another --output, or delete it."
@@ -129,4 +132,4 @@ def hash_files(folder: str | Path) -> dict[str, str]:
 
 def is_part(name: str) -> bool:
     """Whether a file belongs to the checkpoint that merit.json describes. The Hub adds .gitattributes by itself."""
-    return name not in (MANIFEST_NAME, "README.md", *TRAINER_STATE) and not name.startswith(".")
+    return name not in (MANIFEST_NAME, "README.md", *TRAINER_STATE, *MIX_FILES) and not name.startswith(".")

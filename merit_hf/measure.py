@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf.config import ConfigError, MeritError, PlanSection
-from merit_hf.data import format_digest, seed_of
+from merit_hf.data import count_tokens, format_digest, seed_of
 from merit_hf.gradients import GradientSettings, batches_of, dataset_gradient, trained_parameters
 from merit_hf.memory import fitting_settings
 from merit_hf.mixture import PreparedDataset, check_against_plan
@@ -305,10 +305,14 @@ def _weight(readout: GradientReadout, reduction: str) -> int:
 
 def _sample(dataset: PreparedDataset, section: PlanSection) -> datasets.Dataset:
     """Rows for the gradient, drawn among those with a loss token by (seed, dataset) alone, in the order drawn."""
-    usable = np.flatnonzero(dataset.counts.loss_tokens)
+    # A row that an epoch takes twice is no second example.
+    loss_tokens = (
+        dataset.counts.loss_tokens if dataset.loaded.weight == 1 else count_tokens(dataset.distinct).loss_tokens
+    )
+    usable = np.flatnonzero(loss_tokens)
     limit = section.max_num_samples if section.num_samples == "auto" else section.num_samples
     order = np.random.default_rng(seed_of(section.seed, dataset.name)).permutation(len(usable))
-    return dataset.train.select(usable[order[:limit]])
+    return dataset.distinct.select(usable[order[:limit]])
 
 
 def _key(

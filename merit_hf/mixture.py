@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from merit_hf.config import ConfigError, DatasetSection, MeritConfig, MeritError
-from merit_hf.data import LoadedDataset, TokenCounts, count_tokens, format_digest, load_rows
+from merit_hf.data import LoadedDataset, TokenCounts, count_tokens, format_digest, load_rows, weighted_rows
 from merit_hf.plan import PartitionPlan, PlannedDataset
 from merit_hf.progress import Progress
 from merit_hf.sft import tokenize_rows
@@ -22,8 +23,11 @@ class PreparedDataset:
     """A dataset as SFT trains on it.
 
     Attributes:
-        train: tokenised rows (`input_ids`, `labels`), not packed. counts: their tokens.
+        train: tokenised rows (`input_ids`, `labels`) of an epoch, not packed: with a `weight`, some of them several
+            times or not at all. counts: their tokens.
         eval: tokenised held-out rows, or None.
+        distinct: tokenised rows, each once, whatever the weight. kept: where each stood in the rows that were read.
+        mix: which of `distinct` the rows of `train` are, int64.
     """
 
     name: str
@@ -33,6 +37,9 @@ class PreparedDataset:
     num_dropped: int
     num_truncated: int
     eval: datasets.Dataset | None
+    distinct: datasets.Dataset
+    kept: list[int]
+    mix: np.ndarray
 
 
 def read_mixture(
@@ -128,15 +135,46 @@ def prepare_dataset(
         held_out = tokenize_rows(model, tokenizer, args, loaded.eval) if loaded.eval is not None else None
     except ConfigError as error:
         raise ConfigError(f"dataset `{loaded.name}` ({loaded.format}): {error}") from error
+    rows, counts, mix = train.rows, count_tokens(train.rows), np.arange(len(train.rows))
+    if loaded.weight != 1 and len(rows):
+        mix = weighted_rows(counts.input_tokens, loaded.weight, loaded.name)
+        rows = train.rows.select(mix)
+        counts = count_tokens(rows)
     return PreparedDataset(
         name=loaded.name,
         loaded=loaded,
-        train=train.rows,
-        counts=count_tokens(train.rows),
+        train=rows,
+        counts=counts,
         num_dropped=train.num_dropped,
         num_truncated=train.num_truncated,
         eval=held_out.rows if held_out is not None and len(held_out.rows) else None,
+        distinct=train.rows,
+        kept=train.indices,
+        mix=mix,
     )
+
+
+def prepare_group(
+    plan: PartitionPlan,
+    group: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    progress: Progress,
+) -> list[PreparedDataset]:
+    """The datasets of a plan's group, in the order of names, each held against the plan.
+
+    Raises:
+        ConfigError: a dataset is not on this machine. MeritError: it is not the one that was planned.
+    """
+    specs, root = plan_specs(plan, plan.group(group).datasets)
+    loaded, _ = read_mixture(specs, root, args, progress)
+    found = []
+    for dataset, planned in zip(loaded, plan.members(group), strict=True):
+        prepared = prepare_dataset(dataset, model, tokenizer, args)
+        check_against_plan(prepared, planned)
+        found.append(prepared)
+    return found
 
 
 def plan_specs(plan: PartitionPlan, names: Sequence[str]) -> tuple[list[DatasetSection], Path]:

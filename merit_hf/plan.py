@@ -23,6 +23,7 @@ from merit_hf import tables
 from merit_hf.choices import whole_name
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.conflict import conflict_matrix
+from merit_hf.identity import group_fields
 from merit_hf.plan_files import LOCAL_NAME as LOCAL_NAME
 from merit_hf.plan_files import PLAN_NAME as PLAN_NAME
 from merit_hf.plan_files import SCHEMA_VERSION, locate_plan, read_content, read_local
@@ -143,10 +144,8 @@ class PartitionPlan:
         return [dataset for dataset in self.datasets if dataset.group == number]
 
     def group_sft(self, number: int) -> dict[str, Any]:
-        """The identity fields of one group's training: `max_steps` is the mixture's, of which it takes its share."""
-        if self.sft["max_steps"] <= 0:
-            return self.sft
-        return {**self.sft, "max_steps": self.group(number).num_steps}
+        """The identity fields of one group's training: of what counts the mixture's steps, it takes its share."""
+        return group_fields(self.sft, self.group(number).num_steps)
 
     @property
     def has_images(self) -> bool:

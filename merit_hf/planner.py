@@ -31,7 +31,7 @@ from merit_hf.data import LoadedDataset
 from merit_hf.entry import exit_on_error
 from merit_hf.findings import partition_mixture
 from merit_hf.gradients import trained_parameters
-from merit_hf.groups import GRADIENT_SPLITS, plan_groups
+from merit_hf.groups import GRADIENT_SPLITS, mixture_steps, plan_groups
 from merit_hf.hub import resolve_model
 from merit_hf.measure import keep_readouts, measure_gradients
 from merit_hf.mixture import PreparedDataset, name_images, prepare_mixture, read_mixture
@@ -181,7 +181,9 @@ class MeritPlanner:
             parent_sha256=self.parent.sha256 if self.parent else None,
         )
         trains = {dataset.name: dataset.train for dataset in prepared}
-        plan.groups = plan_groups(plan.datasets, trains, model, tokenizer, args, base, peft)
+        steps_of_all = mixture_steps(trains, model, tokenizer, args)
+        plan.sft |= steps_of_all
+        plan.groups = plan_groups(plan.datasets, trains, model, tokenizer, args, base, peft, steps_of_all)
         plan.cost = {
             "gradient_seconds": round(seconds, 3),
             "matrix_seconds": round(time.monotonic() - matrix_start, 3),
@@ -255,10 +257,12 @@ class MeritPlanner:
 
     def _inputs(self, base: dict[str, Any], args: SFTConfig, loaded: Sequence[LoadedDataset]) -> dict[str, Any]:
         """What determines the plan; two calls with equal inputs make the same plan."""
+        weights = {dataset.name: dataset.weight for dataset in loaded if dataset.weight != 1}
         return {
             "base": {key: base[key] for key in ("weights_sha256", "chat_template_sha256", "freeze") if key in base},
             "datasets": {dataset.name: dataset.fingerprint for dataset in loaded},
             "tags": {spec.name: spec.tag for spec in self.config.datasets},
+            **({"weights": weights} if weights else {}),
             "plan": plan_inputs(self.config),
             "sft": identity_fields(args),
             **({} if self.config.peft is None else {"peft": self.config.peft}),

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf import vision
@@ -41,6 +42,10 @@ _FLOATS = tuple(
     f.name for f in dataclasses.fields(SFTConfig) if f.name in IDENTITY_FIELDS and f.type in (float, "float")
 )
 _UNPACKED = {"packing": False, "padding_free": False, "shuffle_dataset": False}
+_BEST = (
+    "sft.load_best_model_at_end=true: a group is its last step, weighted by the tokens of all of them, and how often "
+    "it is evaluated must not decide it. Leave it out."
+)
 # Values under which the tokens of a step, or a resumed training, would not be the planned ones.
 _UNREPEATABLE = {"auto_find_batch_size": True, "ignore_data_skip": True, "save_only_model": True}
 _QUANTIZATION = "sft.model_init_kwargs.quantization_config"
@@ -92,6 +97,8 @@ def refuse_fields(sft: Mapping[str, Any]) -> None:
                 f"sft.{field}=true: a training that was stopped and goes on, or runs on another card, would no longer "
                 "be the planned one. Leave it out."
             )
+    if sft.get("load_best_model_at_end"):
+        raise ConfigError(_BEST)
     if "hub_token" in sft:
         raise ConfigError(
             "sft.hub_token: a plan is published with its CONFIG, so no secret belongs there. Use `hf auth login`."
@@ -250,9 +257,12 @@ def open_trainer(
     """
     # Tokenised rows carry their labels; TRL would look for the chat they came from. Rows with images still have it.
     tokenised = "input_ids" in train_dataset.column_names and IMAGES not in train_dataset.column_names
-    masked = {"assistant_only_loss": False} if tokenised else {}
+    replaced: dict[str, Any] = {"assistant_only_loss": False} if tokenised else {}
+    if not kwargs.get("eval_dataset"):
+        # Only a group's training evaluates.
+        replaced |= {"eval_strategy": IntervalStrategy.NO, "eval_on_start": False}
     try:
-        with _replaced(args, **masked):
+        with _replaced(args, **replaced):
             trainer = SFTTrainer(model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ConfigError(f"TRL refuses the data: {_one_line(error)}") from error

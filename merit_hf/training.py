@@ -2,7 +2,8 @@
 
     accelerate launch -m merit_hf.training PLAN --group 0 --output runs/mixture/groups/0
 
-Checkpoints lie in `OUTPUT.part`; the same command goes on from the last complete one. `OUTPUT` appears at the end.
+Checkpoints lie in `OUTPUT.part`; the same command goes on from the last complete one. `OUTPUT` appears at the end, or
+where the training is told to stop before it (`train.stop_at_step`, `train.max_hours`, a file `OUTPUT.part/STOP`).
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from typing import Any
 
 import datasets
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from merit_hf.callback import MeritCallback
+from merit_hf.alongside import STOP_NAME, ShowSteps, StopEarly, evaluate_aside, held_out_rows
+from merit_hf.callback import MeritCallback, stopped_checkpoint
 from merit_hf.config import ConfigError, MeritError, check_sft, parse_value
 from merit_hf.entry import exit_on_error
 from merit_hf.errors import StoppedError
 from merit_hf.hub import current_user, fetch_folder
-from merit_hf.manifest import TRAINER_STATE, hash_files, is_trained, read_manifest
-from merit_hf.mixture import check_against_plan, plan_specs, prepare_dataset, read_mixture
+from merit_hf.manifest import MIX_FILES, TRAINER_STATE, end_of_training, hash_files, read_manifest
+from merit_hf.mix import write_mix
+from merit_hf.mixture import prepare_group
 from merit_hf.plan import PartitionPlan
-from merit_hf.progress import Progress, Stage
+from merit_hf.progress import Progress
 from merit_hf.sft import (
     BATCH_FIELDS,
     IDENTITY_FIELDS,
@@ -43,11 +45,13 @@ from merit_hf.sft import (
 from merit_hf.sharing.community import contribute, may_write
 from merit_hf.sharing.publish import push_group, read_remote_manifest
 from merit_hf.stopping import StopOnSigterm
+from merit_hf.train_section import PREFIX, TrainSection, train_section
 from merit_hf.workers import check_processes
 
 _RUN_NAME = "run.json"
 # Where a Trainer with `hub_strategy: checkpoint` puts its newest one.
 _LAST_CHECKPOINT = "last-checkpoint"
+_LOGS = "runs"
 
 
 def train_group(
@@ -65,7 +69,8 @@ def train_group(
         group (`int`): which group.
         output (`str` or `Path`): the folder to make. A finished checkpoint of the same group is left as it is.
         placement (`dict`, *optional*): SFT fields that do not change the result, over the plan's own: batch per
-            device, accumulation, saving, logging. Their batch product must be the planned one.
+            device, accumulation, saving, logging, evaluating. Their batch product must be the planned one. Beside them
+            keys of CONFIG's `train:`, as `train.KEY`.
         num_processes (`int`, *optional*): how many processes were asked for; another number is refused.
         progress ([`Progress`], *optional*): where to show it.
 
@@ -76,10 +81,10 @@ def train_group(
     output = Path(output)
     planned = plan.group(group)
     part = output.with_name(output.name + ".part")
-    args = _group_args(plan, group, part, placement or {}, num_processes)
-    if is_trained(planned.group_sha256, group, output):
-        # A kill between the rename and the clean-up leaves it.
-        shutil.rmtree(part, ignore_errors=True)
+    section = train_section(plan.config.get("train", {}), placement or {})
+    placement = {key: value for key, value in (placement or {}).items() if not key.startswith(PREFIX)}
+    args = _group_args(plan, group, part, placement, num_processes)
+    if _is_done(plan, group, output, part, section):
         if args.push_to_hub and args.process_index == 0:
             push_group(output, str(args.hub_model_id), args.hub_private_repo)
         return output
@@ -90,19 +95,33 @@ def train_group(
         if args.push_to_hub:
             _resume_from_hub(part, str(args.hub_model_id), planned.group_sha256, progress)
     state.wait_for_everyone()
+    checkpoint = last_checkpoint(part)
+    if checkpoint is not None and _is_enough(checkpoint, planned.num_steps, section, part):
+        state.wait_for_everyone()
+        if state.is_main_process:
+            stopped_checkpoint(plan, checkpoint, part / "final")
+            _publish(part, output)
+            progress.note(f"group {group}: {_stopped_line(plan, group, output)}")
+        state.wait_for_everyone()
+        return output
     base = plan.base_folder()
     tokenizer = load_tokenizer(base, plan.base.get("chat_template"), plan.has_images)
     model = load_model(base, args, plan.peft or None, plan.base.get("freeze", ()))
-    rows = _group_rows(plan, group, model, tokenizer, args, progress)
-    callback, stop = MeritCallback(plan, group), StopOnSigterm()
-    checkpoint = last_checkpoint(part)
+    prepared = prepare_group(plan, group, model, tokenizer, args, progress)
+    rows = datasets.concatenate_datasets([dataset.train for dataset in prepared])
+    held_out = held_out_rows(plan, group, prepared, section, model, tokenizer, args, progress)
+    stop = StopOnSigterm()
     if checkpoint is not None:
         progress.note(f"group {group}: going on from {checkpoint.name}")
     with progress.stage(f"Group {group}", total=planned.num_steps, unit="steps") as stage:
-        # The one that stops comes first: the others count what is saved.
-        callbacks = [stop, callback, _Report(stage, planned.num_steps)]
-        with open_trainer(model, tokenizer, args, rows, callbacks=callbacks) as trainer:
+        # Those that stop come before the callback of ours, which counts where a save is due.
+        callbacks = [stop, StopEarly(section, part), MeritCallback(plan, group), ShowSteps(stage)]
+        with open_trainer(model, tokenizer, args, rows, callbacks=callbacks, eval_dataset=held_out or None) as trainer:
             trainer.remove_callback(PrinterCallback)
+            evaluate_aside(trainer)
+            held = trainer.train_dataset
+            if state.is_main_process and isinstance(held, datasets.Dataset):
+                write_mix(plan, group, prepared, len(held), args, part)
             with stop.listening() if args.world_size == 1 else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if stop.asked and trainer.state.global_step < planned.num_steps:
@@ -116,6 +135,8 @@ def train_group(
                 trainer.state.save_to_json(str(part / "final" / "trainer_state.json"))
     if state.is_main_process:
         _publish(part, output)
+        if read_manifest(output)["status"] == "stopped":
+            progress.note(f"group {group}: {_stopped_line(plan, group, output)}")
         if args.push_to_hub:
             pushed = push_group(output, str(args.hub_model_id), args.hub_private_repo)
             progress.note(f"group {group}: pushed {pushed.url}")
@@ -136,6 +157,41 @@ def last_checkpoint(part: Path) -> Path | None:
             continue
         found.append((step, folder))
     return max(found)[1] if found else None
+
+
+def _is_done(plan: PartitionPlan, group: int, output: Path, part: Path, section: TrainSection) -> bool:
+    """Whether nothing is left to do; False also where a training that was stopped is to go on."""
+    planned = plan.group(group)
+    status = end_of_training(planned.group_sha256, group, output)
+    if status == "complete":
+        # A kill between the rename and the clean-up leaves it.
+        shutil.rmtree(part, ignore_errors=True)
+    if status != "stopped":
+        return status == "complete"
+    step = read_manifest(output)["num_steps"]
+    if (section.stop_at_step is not None and step >= section.stop_at_step) or (part / STOP_NAME).exists():
+        return True
+    if last_checkpoint(part) is None:
+        raise ConfigError(
+            f"{output} is group {group} stopped at step {step} of {planned.num_steps}, and {part}, from which it "
+            "would go on, is not there. Accept it as it is (merit merge --allow-partial), or delete it to start again."
+        )
+    return False
+
+
+def _is_enough(checkpoint: Path, num_steps: int, section: TrainSection, part: Path) -> bool:
+    """Whether what was saved is to be published as it is, without another step."""
+    step = int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
+    asked = section.stop_at_step is not None and step >= section.stop_at_step
+    return step < num_steps and (asked or (part / STOP_NAME).exists())
+
+
+def _stopped_line(plan: PartitionPlan, group: int, output: Path) -> str:
+    step = read_manifest(output)["num_steps"]
+    return (
+        f"stopped at step {step} of {plan.group(group).num_steps}. Run it again without the stop to go on; "
+        "`merit verify` and `merit merge` take it as it is with --allow-partial, weighted by the tokens of its steps."
+    )
 
 
 def _group_args(
@@ -166,8 +222,10 @@ def _group_args(
             f"{per_device * num_processes}. Choose them so that the product is {planned_device}."
         )
     args = build_args(sft, part)
-    if args.max_steps > 0:
-        args.max_steps = plan.group(group).num_steps
+    for field in ("max_steps", "warmup_steps", "lr_scheduler_kwargs"):
+        setattr(args, field, plan.group_sft(group)[field])
+    # What is reported of several groups would else all be called alike.
+    args.run_name = args.run_name or _group_name(plan, group)
     if args.push_to_hub:
         args.hub_model_id = group_repo(plan, group, args.hub_model_id)
     return args
@@ -177,8 +235,13 @@ def group_repo(plan: PartitionPlan, group: int, given: str | None = None, owner:
     """`OWNER/NAME` of the group's repo: as given, else `owner`'s (default: the user's own), named after the plan."""
     if given and "/" in given:
         return given
+    return f"{owner or current_user()[0]}/{given or _group_name(plan, group)}"
+
+
+def _group_name(plan: PartitionPlan, group: int) -> str:
+    """`NAME-group-K`, NAME being the plan's repo, or the folder that its folder is in."""
     name = plan.repo_id.partition("/")[2] if plan.repo_id else (plan.folder or Path("merit")).resolve().parent.name
-    return f"{owner or current_user()[0]}/{given or f'{name}-group-{group}'}"
+    return f"{name}-group-{group}"
 
 
 def _resume_from_hub(part: Path, repo_id: str, group_sha256: str, progress: Progress) -> None:
@@ -221,25 +284,6 @@ def _resume_from_hub(part: Path, repo_id: str, group_sha256: str, progress: Prog
     progress.note(f"took step {step} of this group's training from `{repo_id}`")
 
 
-def _group_rows(
-    plan: PartitionPlan,
-    group: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: SFTConfig,
-    progress: Progress,
-) -> datasets.Dataset:
-    """The group's tokenised rows, dataset after dataset in the order of names, each held against the plan."""
-    specs, root = plan_specs(plan, plan.group(group).datasets)
-    loaded, _ = read_mixture(specs, root, args, progress)
-    rows = []
-    for dataset, planned in zip(loaded, plan.members(group), strict=True):
-        prepared = prepare_dataset(dataset, model, tokenizer, args)
-        check_against_plan(prepared, planned)
-        rows.append(prepared.train)
-    return datasets.concatenate_datasets(rows)
-
-
 def _discard_stale(part: Path, group_sha256: str) -> None:
     """Checkpoints of another plan or group are not resumed."""
     run = part / _RUN_NAME
@@ -254,33 +298,32 @@ def _discard_stale(part: Path, group_sha256: str) -> None:
 
 
 def _publish(part: Path, output: Path) -> None:
-    """Drop what only a Trainer reads, and let the checkpoint appear under its name in one step."""
-    final = part / "final"
+    """Drop what only a Trainer reads, and let the checkpoint appear under its name in one step.
+
+    What a stopped training goes on from stays in `part`.
+    """
+    final, stopped = part / "final", read_manifest(part / "final")["status"] == "stopped"
     for name in TRAINER_STATE:
         if name != "trainer_state.json":
             (final / name).unlink(missing_ok=True)
     if read_manifest(final)["files"] != hash_files(final):
         raise MeritError(f"{final}: a file changed while it was being written. Run the command again.")
+    for name in MIX_FILES:
+        if (part / name).exists():
+            shutil.copyfile(part / name, final / name)
+    if (part / _LOGS).is_dir():
+        # Where a Trainer lets TensorBoard write.
+        shutil.copytree(part / _LOGS, final / _LOGS, dirs_exist_ok=True)
+    if output.exists():
+        # Of the same training, stopped before.
+        shutil.rmtree(part / "replaced", ignore_errors=True)
+        os.rename(output, part / "replaced")
     os.rename(final, output)
-    shutil.rmtree(part)
-
-
-class _Report(TrainerCallback):
-    """Shows steps and loss."""
-
-    def __init__(self, stage: Stage, num_steps: int) -> None:
-        self._stage = stage
-        self._num_steps = num_steps
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stage.update(state.global_step, state.max_steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stage.update(state.global_step, state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self._stage.item(f"step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}")
+    if not stopped:
+        shutil.rmtree(part)
+        return
+    shutil.rmtree(part / "replaced", ignore_errors=True)
+    (part / STOP_NAME).unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -291,7 +334,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("plan", metavar="PLAN", help="folder of the plan, or Hub id org/name[@revision]")
     parser.add_argument(
-        "placement", nargs="*", metavar="sft.KEY=VALUE", help="SFT fields that do not change the result"
+        "placement",
+        nargs="*",
+        metavar="sft.KEY=VALUE",
+        help="SFT fields that do not change the result; train.KEY=VALUE, such as train.max_hours=12",
     )
     parser.add_argument("--group", type=int, required=True, help="which group to train")
     parser.add_argument("--output", required=True, help="folder for the checkpoint")
@@ -336,15 +382,22 @@ def check_placement(placement: Mapping[str, Any]) -> None:
 
 
 def parse_placement(texts: Sequence[str]) -> dict[str, Any]:
-    """`sft.key=value` arguments as SFT fields."""
-    placement = {}
+    """`sft.key=value` arguments as SFT fields, and `train.key=value` ones by their whole name."""
+    placement, beside = {}, {}
     for text in texts:
         key, equals, value = text.partition("=")
+        if equals and key.startswith(PREFIX):
+            beside[key] = parse_value(value)
+            continue
         if not equals or not key.startswith("sft."):
-            raise ConfigError(f"`{text}`: expected sft.KEY=VALUE, such as sft.per_device_train_batch_size=2.")
+            raise ConfigError(
+                f"`{text}`: expected sft.KEY=VALUE, such as sft.per_device_train_batch_size=2, or train.KEY=VALUE, "
+                "such as train.max_hours=12."
+            )
         placement[key.removeprefix("sft.")] = parse_value(value)
     check_sft(placement, "command line")
-    return placement
+    train_section({}, beside)
+    return {**placement, **beside}
 
 
 if __name__ == "__main__":

@@ -390,3 +390,25 @@ def test_status_of_a_folder_and_of_everything_merged(trained: World, alice: Acco
     shown = trained.bob("status", PLAN).check().out
     assert "All groups are merged: org/merged" in shown
     assert "2 of 2 groups ready to merge" in shown
+
+
+@pytest.mark.slow
+def test_a_group_that_was_stopped_is_offered_and_taken_where_both_ask_for_it(
+    trained: World, alice: Account, bob: Account
+) -> None:
+    bob("train", PLAN, "--group", 1, "--output", "stopped", "train.stop_at_step=1").check()
+    bob("push", "stopped", "bob/stopped").check()
+    refused = bob("contribute", PLAN, "bob/stopped").error
+    assert "stopped at step 1 of" in refused
+    assert "--allow-partial" in refused
+    told = flat(bob("contribute", PLAN, "bob/stopped", "--allow-partial").check())
+    assert "`merit accept org/plan --allow-partial`" in told
+    alice("contribute", PLAN, "alice/group-0").check()
+    done = flat(alice("accept", PLAN, "--level", "weights", "--allow-partial").check())
+    assert "bob/stopped" in done
+    assert "refused" not in done
+    assert "stopped at step 1" in alice("merge", PLAN, "--output", "merged").error
+    alice("merge", PLAN, "--output", "merged", "--allow-partial").check()
+    group = json.loads((alice.folder / "merged" / "merit.json").read_text())["groups"][1]
+    assert group["stopped_at_step"] == 1
+    assert f"{group['num_input_tokens']:,}" in (alice.folder / "merged" / "README.md").read_text()

@@ -36,16 +36,19 @@ from merit_hf.config import (
 )
 from merit_hf.data import load_rows
 from merit_hf.evaluation.evaluate import evaluate_models
+from merit_hf.manifest import read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
 from merit_hf.sft import build_args, load_model, load_tokenizer
+from merit_hf.train_section import TrainSection
 from merit_hf.training import train_group
 
 SECTIONS = {
     "base": BaseSection,
     "datasets": DatasetSection,
     "plan": PlanSection,
+    "train": TrainSection,
     "merge": MergeSection,
     "run": RunSection,
     "hub": HubSection,
@@ -150,6 +153,7 @@ PLAN_CASES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "datasets.path": ((), "datasets.copy.path=data/reverse.jsonl", "sha256"),
     "datasets.tag": (("plan.split=by_tag", "plan.num_groups=null"), "datasets.copy.tag=z", "groups"),
     "datasets.eval_fraction": ((), "datasets.copy.eval_fraction=0.5", "sha256"),
+    "datasets.weight": ((), "datasets.copy.weight=0.5", "sha256"),
     "base.freeze": ((), "base.freeze=[model.layers.0]", "sketches"),
     "base.model_name_or_path": ((), "base.model_name_or_path=OTHER", "sha256"),
 }
@@ -352,6 +356,29 @@ def test_keys_of_things_on_the_hub(hub: HubServer) -> None:
     assert pinned == ['{"v": 1}', "org/base", shas[0]]
 
 
+TRAIN_KEYS = ("train.eval_datasets", "train.eval_num_samples", "train.stop_at_step", "train.max_hours")
+
+
+def test_keys_of_training_change_what_accompanies_it_and_not_the_plan(mixture: Path, tmp_path: Path) -> None:
+    common = ["plan.split=random", "sft.eval_strategy=steps", "sft.eval_steps=1", "train.stop_at_step=1"]
+    common += [f"datasets.{name}.eval_fraction=0.5" for name in TASKS]
+    found, shas = [], set()
+    for overrides in ([], ["train.eval_num_samples=1"], ["train.eval_datasets=all"], ["train.max_hours=1e-9"]):
+        plan = MeritPlanner(MeritConfig.from_yaml(mixture, [*common, *overrides]), QUIET).plan(tmp_path / "plan")
+        shas.add(plan.sha256)
+        placement = {"train.stop_at_step": 2} if "train.max_hours=1e-9" in overrides else {}
+        folder = train_group(plan, 0, tmp_path / str(len(found)), placement, progress=QUIET)
+        manifest = read_manifest(folder)
+        assert (manifest["status"], manifest["num_steps"]) == ("stopped", 1)
+        found.append({entry["dataset"]: entry["last"] for entry in manifest["held_out_loss"]})
+    own, one, everything, again = found
+    assert len(shas) == 1
+    assert list(own) == list(one) == plan.group(0).datasets
+    assert own != one
+    assert list(everything) == plan.names
+    assert {name: everything[name] for name in own} == own == again
+
+
 PUSH_KEYS = ("hub.push", "hub.namespace", "hub.private", "hub.license")
 RUN_AND_PUSH = """
 import json, sys
@@ -425,6 +452,7 @@ def test_a_placement_field_of_sft_changes_how_it_is_trained_but_not_the_plan(mix
 
 def test_every_key_has_a_case() -> None:
     cases = [*PLAN_CASES, *ROW_CASES, *MERGE_CASES, *ADAPTER_KEYS, *RUN_KEYS, *EVALUATE_KEYS, *HUB_KEYS, *PUSH_KEYS]
+    cases += TRAIN_KEYS
     assert len(cases) == len(set(cases))
     assert set(cases) == KEYS
     assert set(MeritConfig.model_fields) == {*SECTIONS, "sft", "peft", "root"}

@@ -26,6 +26,7 @@ ROAD = [
     "fields",
     "overrides",
     "choices",
+    "train_section",
     "config",
     "text",
     "quiet",
@@ -80,6 +81,7 @@ ROAD = [
     "report.diagnosed",
     "report.page",
     "mixture",
+    "mix",
     "loss",
     "sharded",
     "gradients",
@@ -88,6 +90,7 @@ ROAD = [
     "embeddings",
     "verification.movement",
     "verification.behaviour",
+    "verification.partial",
     "verification.verify",
     "sharing.community",
     "sharing.accept",
@@ -105,6 +108,7 @@ ROAD = [
     "from_trainer",
     "callback",
     "stopping",
+    "alongside",
     "training",
     "launchers.jobs",
     "launchers.request",
@@ -161,6 +165,7 @@ WITHOUT_TORCH = [
     "fields",
     "overrides",
     "choices",
+    "train_section",
     "config",
     "text",
     "quiet",
@@ -296,7 +301,9 @@ def test_imports_point_down_the_road() -> None:
 
 
 def test_config_imports_next_to_nothing_of_ours_and_nothing_imports_the_command_line() -> None:
-    assert {target for item, target in OURS if item.room == "config"} == {"errors", "fields", "overrides", "choices"}
+    assert {target for item, target in OURS if item.room == "config"} == {
+        "errors", "fields", "overrides", "choices", "train_section",
+    }  # fmt: skip
     assert [item.room for item, target in OURS if target == "cli" and item.room != "cli"] == []
 
 
@@ -322,7 +329,10 @@ def test_every_library_has_its_room() -> None:
     users = {
         library: {i.room for i in IMPORTS if i.module.split(".")[0] == library} for library in ("typer", "pydantic")
     }
-    assert users == {"typer": {"cli", "cli_hub", "cli_options", "cli_plan", "cli_train"}, "pydantic": {"config"}}
+    assert users == {
+        "typer": {"cli", "cli_hub", "cli_options", "cli_plan", "cli_train"},
+        "pydantic": {"config", "train_section"},
+    }
 
 
 def test_every_import_is_a_declared_dependency() -> None:

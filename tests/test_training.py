@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
 
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.manifest import read_manifest
@@ -29,11 +27,6 @@ QUIET = Progress(quiet=True)
 def losses(folder: Path) -> list[float]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def raw_rows(plan: PartitionPlan, group: int) -> datasets.Dataset:
-    files = [plan.local["datasets"][name]["path"] for name in plan.group(group).datasets]
-    return datasets.concatenate_datasets([datasets.load_dataset("json", data_files=f, split="train") for f in files])
 
 
 def test_every_parameter_moves_and_the_manifest_is_complete(tiny_plan: PartitionPlan, tiny_groups: list[Path]) -> None:
@@ -76,27 +69,6 @@ def test_the_checkpoint_is_a_usable_model_and_leaves_nothing_else_behind(tiny_gr
     )
     answer = model.generate(**prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert answer.shape == (1, prompt["input_ids"].shape[1] + 2)
-
-
-def test_the_losses_are_those_of_a_plain_trl_script(
-    tiny_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path
-) -> None:
-    base = tiny_plan.base_folder()
-    args = SFTConfig(
-        output_dir=str(tmp_path), learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=4,
-        max_length=64, activation_checkpointing=False, logging_steps=1, save_strategy="no", bf16=False,
-        use_cpu=True, report_to="none",
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    trainer = SFTTrainer(
-        model, args=args, train_dataset=raw_rows(tiny_plan, 0), processing_class=AutoTokenizer.from_pretrained(base)
-    )
-    trainer.train()
-
-    assert [e["loss"] for e in trainer.state.log_history if "loss" in e] == losses(tiny_groups[0])
-    trained = load_file(tiny_groups[0] / "model.safetensors")
-    for name, parameter in trainer.model.named_parameters():
-        assert torch.equal(parameter, trained[name]), name
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.launchers import local
 from merit_hf.launchers.jobs import Job, JobState, launching, read_end, read_job
 from merit_hf.launchers.request import Request
-from merit_hf.manifest import is_trained
+from merit_hf.manifest import end_of_training
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress, Stage
 
@@ -74,7 +74,7 @@ def train_groups(
     Args:
         plan ([`PartitionPlan`]): the plan, loaded from a folder or the Hub.
         groups, outputs: which groups, and a folder for each.
-        placement: `sft.KEY=VALUE` texts.
+        placement: `sft.KEY=VALUE` and `train.KEY=VALUE` texts.
         num_processes, accelerate_config: for `accelerate launch`; without both, and with one GPU, `local` trains in
             this process.
         launcher: `local`, `slurm` or `hf-jobs`.
@@ -127,7 +127,7 @@ def dry_run(
     missing = [
         group
         for group, output in zip(request.groups, request.outputs, strict=True)
-        if not is_trained(plan.group(group).group_sha256, group, output)
+        if end_of_training(plan.group(group).group_sha256, group, output) != "complete"
     ]
     if not missing:
         return "Nothing to train: every group is finished."
@@ -162,7 +162,8 @@ def survey(request: Request, progress: Progress, again: bool = False) -> tuple[l
             active.append(job)
             continue
         # Of one that failed though its checkpoint is there, the push is still to come.
-        trained, failed = is_trained(planned, group, output), state is not None and state.state == "failed"
+        trained = end_of_training(planned, group, output) == "complete"
+        failed = state is not None and state.state == "failed"
         if again or failed or not trained:
             missing.append(group)
     return active, missing

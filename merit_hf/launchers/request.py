@@ -21,7 +21,7 @@ class Request:
     Attributes:
         plan: loaded from a folder or the Hub.
         groups, outputs: which groups, and a folder for each.
-        placement: `sft.KEY=VALUE` texts.
+        placement: `sft.KEY=VALUE` and `train.KEY=VALUE` texts.
         num_processes, accelerate_config: for `accelerate launch`.
     """
 

@@ -71,13 +71,14 @@ def training_facts(run: RunFolder) -> dict[str, Any]:
                          count(planned.train_input_tokens), *[text(None)] * 5])  # fmt: skip
             continue
         facts = trained.manifest
-        same = facts["num_input_tokens"] == planned.train_input_tokens
-        if not same or facts["num_loss_tokens"] != planned.train_loss_tokens:
+        complete, stopped = (facts["status"] == status for status in ("complete", "stopped"))
+        # A training that was stopped says itself that it has not all of its tokens.
+        same = stopped or facts["num_input_tokens"] == planned.train_input_tokens
+        if not same or (facts["num_loss_tokens"] != planned.train_loss_tokens and not stopped):
             mismatched.append(label.text)
-        complete = facts["status"] == "complete"
         rows.append(
             [
-                label, Cell(str(facts["status"]), tone="" if complete else "bad"),
+                label, Cell(str(facts["status"]), tone="" if complete else "note" if stopped else "bad"),
                 count(facts["num_steps"]), count(planned.train_input_tokens),
                 count(facts["num_input_tokens"], "good" if same else "bad"), count(facts["num_loss_tokens"]),
                 _padding(facts), *_ends(trained),
@@ -94,6 +95,7 @@ def training_facts(run: RunFolder) -> dict[str, Any]:
     logs = training_logs(run)
     return {
         "table": Table("training", "What every group was trained on", columns, rows),
+        "held_out": _held_out_table(run),
         "mismatched": mismatched,
         "missing": []
         if run.rounds
@@ -113,6 +115,19 @@ def _trainings(run: RunFolder) -> list[tuple[Cell, PlannedGroup, TrainedModel | 
         for place in run.rounds
         for group in place.plan.groups
     ]  # fmt: skip
+
+
+def _held_out_table(run: RunFolder) -> Table | None:
+    """Held-out losses that were logged on the way; None where no group was evaluated while it trained."""
+    rows = [
+        [group_cell(group), Cell(str(entry["dataset"])), count(entry["first_step"]), number(entry["first"], 4),
+         count(entry["last_step"]), number(entry["last"], 4)]
+        for group, trained in sorted(run.groups.items())
+        for entry in trained.manifest.get("held_out_loss", [])
+    ]  # fmt: skip
+    columns = [("group", "text"), ("dataset", "text"), ("first step", "number"), ("held-out loss", "number"),
+               ("last step", "number"), ("held-out loss then", "number")]  # fmt: skip
+    return Table("held_out_training", "Held-out loss while training", columns, rows) if rows else None
 
 
 def training_logs(run: RunFolder) -> dict[str, list[tuple[float, float]]]:

@@ -42,7 +42,7 @@ from merit_hf.sharing.registry import (
 from merit_hf.text import escape_markdown, one_line
 from merit_hf.verification.checks import failed
 from merit_hf.verification.sources import HubSource
-from merit_hf.verification.verify import verify_checkpoints
+from merit_hf.verification.verify import Replay, partial_replays, verify_checkpoints
 
 _TRIES = 5
 _OUR_TITLE = re.compile(r"(Claim|Release|Contribute) group \d+", re.ASCII)
@@ -64,11 +64,18 @@ class _RefusedError(Exception):
     """The reason for which a pull request is refused."""
 
 
-def accept(plan: PartitionPlan, level: str = "behaviour", progress: Progress | None = None) -> Iterator[Decision]:
+def accept(
+    plan: PartitionPlan,
+    level: str = "behaviour",
+    progress: Progress | None = None,
+    allow_partial: bool = False,
+) -> Iterator[Decision]:
     """Decide on every open pull request of the plan's repo, oldest first; yields each decision once it is carried out.
 
     Args:
         level (`str`, *optional*, defaults to `"behaviour"`): how far contributions are verified.
+        allow_partial (`bool`, *optional*, defaults to `False`): take groups that were stopped before their planned
+            steps, at the tokens of the steps that they took; needs their data here.
 
     Raises:
         ConfigError: the user may not write to the repo, or base or data for the verification are not here.
@@ -78,14 +85,17 @@ def accept(plan: PartitionPlan, level: str = "behaviour", progress: Progress | N
     user, organisations = current_user()
     if not may_write(repo_id, user, organisations):
         raise ConfigError(f"`{repo_id}` is not yours ({user}) to write to, so you cannot accept for it.")
+    replays = partial_replays(plan, progress) if allow_partial else None
     for request in open_pull_requests(repo_id):
-        decision = _decide(plan, request, level, progress)
+        decision = _decide(plan, request, level, progress, replays)
         if decision.verdict != "left":
             close_pull_request(repo_id, request.num, _comment(decision))
         yield decision
 
 
-def _decide(plan: PartitionPlan, request: PullRequest, level: str, progress: Progress | None) -> Decision:
+def _decide(
+    plan: PartitionPlan, request: PullRequest, level: str, progress: Progress | None, replays: Replay | None
+) -> Decision:
     def decision(verdict: str, reason: str) -> Decision:
         return Decision(request.num, one_line(request.title, 60), request.author, verdict, reason)
 
@@ -96,7 +106,7 @@ def _decide(plan: PartitionPlan, request: PullRequest, level: str, progress: Pro
         kind, group, raw = found
         if kind == "claims":
             return decision("accepted", _take_claim(plan, request, group, raw))
-        return decision("accepted", _take_contribution(plan, request, group, raw, level, progress))
+        return decision("accepted", _take_contribution(plan, request, group, raw, level, progress, replays))
     except _RefusedError as refusal:
         return decision("refused", str(refusal))
 
@@ -173,7 +183,13 @@ def _take_release(plan: PartitionPlan, request: PullRequest, group: int) -> str:
 
 
 def _take_contribution(
-    plan: PartitionPlan, request: PullRequest, group: int, raw: bytes | None, level: str, progress: Progress | None
+    plan: PartitionPlan,
+    request: PullRequest,
+    group: int,
+    raw: bytes | None,
+    level: str,
+    progress: Progress | None,
+    replays: Replay | None,
 ) -> str:
     if raw is None:
         raise _RefusedError("an accepted checkpoint is not removed by a pull request")
@@ -190,13 +206,14 @@ def _take_contribution(
         # A base that is not here is not the contributor's fault.
         plan.base_folder()
     try:
-        first = verify_checkpoints(plan, [source, *accepted], "manifest" if level == "manifest" else "weights")[0]
+        cheap = "manifest" if level == "manifest" else "weights"
+        first = verify_checkpoints(plan, [source, *accepted], cheap, replays=replays)[0]
     except HubUnavailableError:
         raise
     except MeritError as error:
         raise _RefusedError(f"{entry.repo_id}@{entry.revision[:12]}: {error}") from error
     if first.ok and level == "behaviour":
-        first = verify_checkpoints(plan, [source], level, progress)[0]
+        first = verify_checkpoints(plan, [source], level, progress, replays=replays)[0]
     check = failed(first.checks)
     if check is not None:
         raise _RefusedError(f"{check.name}: expected {check.expected}; found {check.found}")

@@ -41,7 +41,7 @@ from merit_hf.sharing.registry import (
 )
 from merit_hf.verification.checks import failed
 from merit_hf.verification.sources import FolderSource, open_source
-from merit_hf.verification.verify import verify_checkpoints
+from merit_hf.verification.verify import partial_replays, verify_checkpoints
 
 _TRIES = 5
 
@@ -159,10 +159,11 @@ def release(plan: PartitionPlan, group: int) -> str:
     raise MeritError(f"`{repo_id}` changes faster than group {group} can be released. Run the command again.")
 
 
-def contribute(plan: PartitionPlan, checkpoint: str) -> str:
+def contribute(plan: PartitionPlan, checkpoint: str, allow_partial: bool = False) -> str:
     """Register a group checkpoint on the Hub, pinned to its commit, by a pull request; returns what to tell the user.
 
-    Its manifest, files and tensors are verified first, so that its author learns of a failure first.
+    Its manifest, files and tensors are verified first, so that its author learns of a failure first. One that was
+    stopped before its planned steps is offered with `allow_partial`, and its maintainer may take it so.
 
     Raises:
         ConfigError: the checkpoint is a folder. MeritError: it does not verify, or the group is somebody else's.
@@ -175,7 +176,8 @@ def contribute(plan: PartitionPlan, checkpoint: str) -> str:
             "give YOU/NAME."
         )
     user, _ = current_user()
-    verified = verify_checkpoints(plan, [source], "manifest")[0]
+    replays = partial_replays(plan) if allow_partial else None
+    verified = verify_checkpoints(plan, [source], "manifest", replays=replays)[0]
     check = failed(verified.checks)
     if check is not None or verified.group is None:
         assert check is not None
@@ -197,7 +199,7 @@ def contribute(plan: PartitionPlan, checkpoint: str) -> str:
     pushed = _propose_contribution(plan, entry)
     return (
         f"Contributed {source.name} for group {group} in pull request #{pushed}. The plan's maintainer takes it with "
-        f"`merit accept {repo_id}`."
+        f"`merit accept {repo_id}{' --allow-partial' if manifest['status'] == 'stopped' else ''}`."
     )
 
 

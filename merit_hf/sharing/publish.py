@@ -30,7 +30,7 @@ from merit_hf.hub_write import (
     push_files,
     validate_model_card,
 )
-from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, hash_files, parse_manifest, read_manifest
+from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, MIX_FILES, hash_files, parse_manifest, read_manifest
 from merit_hf.parents import parents
 from merit_hf.plan import LOCAL_NAME, PLAN_NAME, PartitionPlan, canonical_sha256
 from merit_hf.sharing.licences import merged_licence
@@ -39,8 +39,8 @@ from merit_hf.sharing.registry import MERGED_NAME, entry_of, is_repo_id
 CARD_NAME = "README.md"
 MERGEKIT_CONFIG_NAME = "mergekit_config.yml"
 _MAX_CARD_BYTES = 1 << 20
-# Not part of the checkpoint, and worth reading: losses by step.
-_LOGS = ("trainer_state.json",)
+# Not part of the checkpoint, and worth reading: losses by step, and the rows that were trained on.
+_LOGS = ("trainer_state.json", *MIX_FILES)
 
 
 def push_plan(plan: PartitionPlan, repo_id: str, private: bool | None = None, create_pr: bool = False) -> Pushed:
@@ -93,7 +93,7 @@ def push_group(
     """
     check_repo_id(repo_id)
     manifest = read_manifest(folder)
-    if manifest.get("status") != "complete":
+    if manifest.get("status") not in ("complete", "stopped"):
         raise MeritError(f"{folder}: its training is not finished, so it is not pushed. Run `merit train` again.")
     _check_files(folder, manifest)
     card = (folder / CARD_NAME).read_text(encoding="utf-8")

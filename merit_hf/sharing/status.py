@@ -187,7 +187,6 @@ def _folder(plan: PartitionPlan, number: int, jobs: Mapping[int, Job], output: P
 
 def _local_status(plan: PartitionPlan, number: int, folder: Path) -> GroupStatus:
     planned = plan.group(number)
-    run = Path(str(plan.folder)).resolve().parent
     checkpoint = verified = merged = None
     if folder.is_dir():
         checkpoint = str(folder)
@@ -225,6 +224,8 @@ def _job_text(job: Mapping[str, Any] | None) -> str:
 
 def _numbers(states: Sequence[GroupStatus]) -> str:
     return ", ".join(str(state.group) for state in states)
+
+
 def _merged_here(plan: PartitionPlan) -> list[tuple[Path, list[int]]]:
     """Merged models beside the plan with the groups in them: its own first, then those of a plan that it extends."""
     assert plan.folder is not None

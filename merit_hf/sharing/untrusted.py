@@ -82,7 +82,8 @@ def vet_plan(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     merge = config["merge"]
     if merge.get("weights") not in WEIGHTINGS:
         merge = {**merge, "weights": "tokens"}
-    vetted = {**config, "plan": section, "datasets": entries, "sft": sft, "merge": merge}
+    # What is shown, and when to stop, is for who trains.
+    vetted = {**config, "train": {}, "plan": section, "datasets": entries, "sft": sft, "merge": merge}
     # How far to trust a plan is not for its author to say.
     return {**content, "config": vetted, "trust": {}}
 

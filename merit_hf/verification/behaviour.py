@@ -15,7 +15,7 @@ from merit_hf.config import MeritError
 from merit_hf.data import seed_of
 from merit_hf.gradients import batch_by_tokens, sample_indices
 from merit_hf.loss import loss_sum
-from merit_hf.mixture import check_against_plan, plan_specs, prepare_dataset, read_mixture
+from merit_hf.mixture import prepare_group
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 from merit_hf.sft import (
@@ -130,15 +130,11 @@ def _sample_rows(
     num_samples: int,
     progress: Progress,
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    specs, root = plan_specs(plan, plan.group(number).datasets)
-    loaded, _ = read_mixture(specs, root, args, progress)
     rows, trained_on = {}, []
-    for dataset, planned in zip(loaded, plan.members(number), strict=True):
-        prepared = prepare_dataset(dataset, model, tokenizer, args)
-        check_against_plan(prepared, planned)
-        pool = prepared.eval
+    for dataset in prepare_group(plan, number, model, tokenizer, args, progress):
+        pool = dataset.eval
         if pool is None:
-            pool = prepared.train
+            pool = dataset.train
             trained_on.append(dataset.name)
         rows[dataset.name] = pool.select(sample_indices(len(pool), num_samples, seed_of("behaviour", dataset.name)))
     return rows, trained_on

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,16 @@ from merit_hf.hub import (
     list_files,
     read_tensor_headers,
 )
-from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, TRAINER_STATE, is_part, parse_manifest, read_manifest
+from merit_hf.identity import Budget
+from merit_hf.manifest import (
+    MANIFEST_NAME,
+    MAX_BYTES,
+    MIX_FILES,
+    TRAINER_STATE,
+    is_part,
+    parse_manifest,
+    read_manifest,
+)
 from merit_hf.plan import PartitionPlan
 from merit_hf.text import one_line
 from merit_hf.verification.sources import FolderSource, Source
@@ -37,6 +46,7 @@ _SIDE_FILES = {
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
     "video_preprocessor_config.json", "trainer_state.json", "LICENSE", "LICENSE.txt", "NOTICE",
+    *MIX_FILES,
 }  # fmt: skip
 _CONFIG_BYTES = 1 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -59,10 +69,16 @@ def failed(checks: list[Check]) -> Check | None:
     return next((check for check in checks if not check.ok), None)
 
 
-def manifest_checks(plan: PartitionPlan, source: Source) -> tuple[list[Check], int | None]:
+def manifest_checks(
+    plan: PartitionPlan, source: Source, replays: Callable[[int, int], Budget] | None = None
+) -> tuple[list[Check], int | None]:
     """The checks of level `manifest`, and the group that the checkpoint is of, where that is known.
 
     Stops at a manifest of something else, since nothing after it would have a meaning.
+
+    Args:
+        replays: gives the budget of a group's first steps; with it a training that was stopped passes, where its
+            counts are those of the steps that it took.
 
     Raises:
         ConfigError: a folder has no manifest. MeritError: a folder's manifest cannot be read, or the Hub failed.
@@ -87,20 +103,32 @@ def manifest_checks(plan: PartitionPlan, source: Source) -> tuple[list[Check], i
     base, datasets = _mapping(manifest.get("base")), manifest.get("datasets")
     members = [_mapping(member) for member in datasets] if isinstance(datasets, list) else []
     expected, steps = {member.name: member.fingerprint for member in plan.members(number)}, manifest.get("num_steps")
+    status, stopped = _status_checks(planned.num_steps, manifest, replays is not None)
     checks += [
-        compare("status", "complete", manifest.get("status")),
+        *status,
         *_listing_checks(plan, source),
         compare("group_sha256", planned.group_sha256, manifest.get("group_sha256")),
         compare("base weights", plan.base["weights_sha256"], base.get("weights_sha256")),
         compare("chat template", plan.base["chat_template_sha256"], base.get("chat_template_sha256")),
         _compare_mappings("datasets", expected, {shorten(m.get("name")): m.get("fingerprint") for m in members}),
         _compare_mappings("SFT settings", plan.group_sft(number), _mapping(manifest.get("sft"))),
-        compare("num_steps", planned.num_steps, steps, type(steps) is int and steps == planned.num_steps),
-        *_token_checks(plan, number, manifest),
-        _recorded_files(source, manifest),
     ]
+    # Only of what is this group's: it reads all of the group's data.
+    budget = replays(number, steps) if stopped and replays and steps and failed(checks) is None else None
+    checks += [*_token_checks(plan, number, manifest, budget), _recorded_files(source, manifest)]
     # Files that are not the manifest's own are not looked into: a listing may name what the Hub cannot even read.
     return (checks + structure_checks(plan, source) if checks[-1].ok else checks), number
+
+
+def _status_checks(num_steps: int, manifest: Mapping[str, Any], takes_stopped: bool) -> tuple[list[Check], bool]:
+    """Whether it is finished, and at the planned step; and whether it counts as one that was stopped before that."""
+    status, steps = manifest.get("status"), manifest.get("num_steps")
+    if status == "stopped" and type(steps) is int and 0 < steps < num_steps:
+        found = f"stopped at step {steps} of {num_steps}"
+        wanted = "complete, or stopped" if takes_stopped else "complete (go on with merit train, or --allow-partial)"
+        return [Check("status", wanted, found, takes_stopped)], takes_stopped
+    planned = compare("num_steps", num_steps, steps, type(steps) is int and steps == num_steps)
+    return [compare("status", "complete", status), planned], False
 
 
 def structure_checks(plan: PartitionPlan, source: Source) -> list[Check]:
@@ -182,20 +210,24 @@ def _manifest(source: Source, checks: list[Check]) -> dict[str, Any] | None:
     return manifest
 
 
-def _token_checks(plan: PartitionPlan, number: int, manifest: dict[str, Any]) -> list[Check]:
-    """The ledger against the replay. Several processes repeat a few examples to fill an epoch's last batch."""
+def _token_checks(plan: PartitionPlan, number: int, manifest: dict[str, Any], stopped: Budget | None) -> list[Check]:
+    """The ledger against the replay: the plan's, or that of the steps that a `stopped` training took.
+
+    Several processes repeat a few examples to fill an epoch's last batch.
+    """
     planned = plan.group(number)
+    budget = stopped or Budget(planned.num_steps, planned.train_input_tokens, planned.train_loss_tokens)
     processes = manifest.get("num_processes", 1)
     checks = []
     for field, expected in (
-        ("num_input_tokens", planned.train_input_tokens),
-        ("num_loss_tokens", planned.train_loss_tokens),
+        ("num_input_tokens", budget.num_input_tokens),
+        ("num_loss_tokens", budget.num_loss_tokens),
     ):
         found = manifest.get(field)
         slack = 0
         if type(processes) is int and processes > 1:
             longest = plan.sft["max_length"] or planned.num_input_tokens
-            epochs = -(-planned.train_input_tokens // max(1, planned.num_input_tokens))
+            epochs = -(-budget.num_input_tokens // max(1, planned.num_input_tokens))
             slack = epochs * plan.sft["effective_batch_size"] * longest
         ok = type(found) is int and expected <= found <= expected + slack
         text = str(expected) + (

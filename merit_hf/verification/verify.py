@@ -10,17 +10,20 @@ hidden in weights that behave.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from merit_hf.config import ConfigError
+from merit_hf.identity import Budget
 from merit_hf.manifest import hash_files, read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 from merit_hf.verification.checks import Check, failed, manifest_checks, structure_checks
 from merit_hf.verification.sources import ADAPTER_NAME, FolderSource, Source, open_source
 
+# The budget of a group's first steps: see [`~partial.Replays`].
+Replay = Callable[[int, int], Budget]
 LEVELS = ("manifest", "weights", "behaviour")
 
 
@@ -44,6 +47,7 @@ def verify_checkpoint(
     level: str = "weights",
     others: Sequence[str | Path] = (),
     progress: Progress | None = None,
+    allow_partial: bool = False,
 ) -> list[Check]:
     """Hold a group checkpoint against the plan.
 
@@ -54,11 +58,22 @@ def verify_checkpoint(
             before it. Of a repo, weights are downloaded only once its manifest has passed.
         others (`Sequence`, *optional*): checkpoints of other groups, to compare movements with.
         progress ([`Progress`], *optional*): where to show it.
+        allow_partial (`bool`, *optional*, defaults to `False`): let a training that was stopped pass, where its counts
+            are those of its steps, replayed from the group's data.
 
     Raises:
         ConfigError: a folder without manifest, or no such repo. MeritError: it cannot be read, or the Hub failed.
     """
-    return verify_checkpoints(plan, [open_source(checkpoint), *map(open_source, others)], level, progress, 1)[0].checks
+    replays = partial_replays(plan, progress) if allow_partial else None
+    sources = [open_source(checkpoint), *map(open_source, others)]
+    return verify_checkpoints(plan, sources, level, progress, 1, replays)[0].checks
+
+
+def partial_replays(plan: PartitionPlan, progress: Progress | None = None) -> Replay:
+    """What gives [`verify_checkpoints`] the tokens of a group's first steps; see [`~partial.Replays`]."""
+    from merit_hf.verification.partial import Replays
+
+    return Replays(plan, progress)
 
 
 def verify_checkpoints(
@@ -67,15 +82,17 @@ def verify_checkpoints(
     level: str = "weights",
     progress: Progress | None = None,
     num_asked: int | None = None,
+    replays: Replay | None = None,
 ) -> list[Verified]:
     """[`verify_checkpoint`] for several at once: their weights are read once, and compared with each other.
 
     Args:
         num_asked: only the first so many are judged; the others are what they are compared with. Default: all.
+        replays: from [`partial_replays`], where trainings that were stopped may pass.
     """
     if level not in LEVELS:
         raise ConfigError(f"level {level!r}: expected one of {', '.join(LEVELS)}.")
-    results = [Verified(source, *manifest_checks(plan, source), folder=None) for source in sources]
+    results = [Verified(source, *manifest_checks(plan, source, replays), folder=None) for source in sources]
     if level == "manifest":
         return results
     count = len(results) if num_asked is None else num_asked
@@ -123,7 +140,8 @@ def _with_weights(plan: PartitionPlan, results: Sequence[Verified], count: int) 
     frozen = frozen_tensors(base, freeze) if freeze else ()
     movement = measure_movement(base, folders, file, frozen, image_tensors(base) if plan.has_images else ())
     numbers = [result.group for result in sound if result.group is not None]
-    steps = [plan.group(number).num_steps for number in numbers]
+    # As the manifest says, which has been checked; of a training that was stopped, those that it took.
+    steps = [int(read_manifest(folder)["num_steps"]) for folder in folders]
     blind = [k for k, number in enumerate(numbers) if plan.has_images and not plan.sees_images(number)]
     asked = {id(result) for result in results[:count]}
     added: Mapping[int, list[Check]] = {
