@@ -49,6 +49,12 @@ GOLDEN = Path(__file__).parent / "golden" / "slurm_array.sh"
 CPU_2 = Path(__file__).resolve().parents[1] / "recipes" / "accelerate_configs" / "cpu_2.yaml"
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests have launched is not remembered here."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("home")))
+
+
 @pytest.fixture
 def sleeper() -> Iterator[psutil.Process]:
     """A process that does nothing for a long time."""
@@ -104,6 +110,10 @@ def test_the_command_needs_nothing_of_this_process(tiny_plan: PartitionPlan, tmp
     assert command[command.index("--main_process_port") + 1] == "0"
     alone = accelerate_command(Request(tiny_plan, [1], [tmp_path / "1"]), 1, tmp_path / "1")
     assert alone[alone.index("--num_processes") + 1] == "1"
+    machines = tmp_path / "machines.yaml"
+    machines.write_text("num_machines: 2\nmain_process_port: 29500\n")
+    request = Request(tiny_plan, [1], [tmp_path / "1"], accelerate_config=machines)
+    assert "--main_process_port" not in accelerate_command(request, 1, tmp_path / "1")
     with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
         Request(tiny_plan, [1], [tmp_path / "1"], accelerate_config=Path("none.yaml"))
 

@@ -103,7 +103,7 @@ def log_path(output: Path) -> Path:
 
 
 def write_job(job: Job) -> None:
-    """Record a start. How an earlier one ended is forgotten."""
+    """Record a start."""
     path = record_path(Path(job.output))
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_json(path, {"schema_version": SCHEMA_VERSION, **asdict(job)})
@@ -135,6 +135,11 @@ def write_end(output: Path, job_id: str | None, exit_code: int, error: str = "")
     content = {"job_id": job_id, "exit_code": exit_code, "error": error, "host": socket.gethostname(),
                "ended_at": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
     _write_json(record_path(output).with_suffix(".end"), content)
+
+
+def forget_end(output: Path) -> None:
+    """A new start begins: how the one before it ended no longer counts."""
+    record_path(output).with_suffix(".end").unlink(missing_ok=True)
 
 
 def read_end(job: Job) -> dict[str, Any] | None:

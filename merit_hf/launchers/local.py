@@ -22,6 +22,7 @@ from merit_hf.launchers.jobs import (
     Job,
     JobState,
     ended_state,
+    forget_end,
     progress_of,
     read_end,
     read_job,
@@ -50,7 +51,8 @@ def trains_here(request: Request, options: LocalOptions) -> bool:
 
 def register(request: Request) -> None:
     """Record that this process is about to train these groups."""
-    for group in request.groups:
+    for group, output in zip(request.groups, request.outputs, strict=True):
+        forget_end(output)
         write_job(_here(request, group, None))
 
 
@@ -100,6 +102,7 @@ def started(request: Request, options: LocalOptions) -> Iterator[list[Job]]:
     pool = _Pool(slots)
     jobs = [_planned(request, group, output) for group, output in zip(request.groups, request.outputs, strict=True)]
     for job in jobs:
+        forget_end(Path(job.output))
         write_job(job)
     try:
         pool.start(jobs)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from merit_hf.config import ConfigError
 from merit_hf.launchers.jobs import Job, log_path
 from merit_hf.plan import PartitionPlan
@@ -78,8 +80,10 @@ def accelerate_command(request: Request, group: int, output: Path, python: str =
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if request.num_processes is not None or request.accelerate_config is None:
         command += ["--num_processes", str(request.num_processes or 1)]
-    # Several groups may share a machine: each takes a free port.
-    command += ["--main_process_port", "0", "-m", *_training(request, group, output)]
+    if not _names_machines(request.accelerate_config):
+        # Several groups may share a machine: each takes a free port.
+        command += ["--main_process_port", "0"]
+    command += ["-m", *_training(request, group, output)]
     return command + ([] if request.num_processes is None else ["--num-processes", str(request.num_processes)])
 
 
@@ -88,3 +92,12 @@ def _training(request: Request, group: int, output: Path) -> list[str]:
     for name, place in request.plan.supplied.items():
         words += ["--data", f"{name}={place}"]
     return words
+
+
+def _names_machines(config: Path | None) -> bool:
+    """Whether accelerate's config spans several machines, which must meet on a port that it names."""
+    try:
+        content = None if config is None else yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--accelerate-config {config}: not YAML ({' '.join(str(error).split())}).") from error
+    return isinstance(content, dict) and content.get("num_machines", 1) != 1

@@ -18,7 +18,7 @@ import psutil
 import submitit
 
 from merit_hf.config import MeritError
-from merit_hf.launchers.jobs import log_path, record_path, saved_steps, start_log, told_its_error, write_end
+from merit_hf.launchers.jobs import forget_end, log_path, saved_steps, start_log, told_its_error, write_end
 
 # submitit's, which its sbatch script asks Slurm for.
 _TIME_LIMIT = signal.SIGUSR2
@@ -40,7 +40,7 @@ class GroupTraining:
 
     def __call__(self) -> None:
         job_id = submitit.JobEnvironment().job_id
-        record_path(self.output).with_suffix(".end").unlink(missing_ok=True)
+        forget_end(self.output)
         for attempt in range(self.restarts + 1):
             start_log(log_path(self.output), job_id)
             before = saved_steps(self.output)
