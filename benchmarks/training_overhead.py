@@ -40,6 +40,10 @@ SFT = {
     "activation_checkpointing": False, "warmup_steps": 0.1, "save_strategy": "no", "seed": 0,
 }  # fmt: skip
 WARM = 2  # steps that are not timed
+SECTIONS = ("Overhead: Llama, 5M", "Overhead: SmolLM2-135M", "Losses of plain TRL beside ours")
+HEAD = """# Training: the cost beside plain TRL, and the losses
+
+Written by `make bench-training` after `make demo`, section by section. No accelerator was at hand."""
 
 
 class Clock(TrainerCallback):
@@ -64,19 +68,32 @@ def main() -> None:
     parser.add_argument("quickstart", type=Path, help="the folder that `make demo` made")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="measure this again, and keep the rest")
     options = parser.parse_args()
     quiet_libraries()
     scratch = Path(tempfile.mkdtemp(prefix="training-"))
     small = small_base(options.quickstart / "base", scratch / "base")
-    lines = ["# Training: the cost beside plain TRL, and the losses", "", "Written by `make bench-training`.", ""]
-    lines += overhead_section(
-        {"Llama, 5M": (small, 40, options.rounds), "SmolLM2-135M": (options.quickstart / "base", 8, 2)},
-        options.quickstart / "data", scratch,
-    )  # fmt: skip
-    lines += ["", *losses_section(small, options.quickstart / "data", scratch), "", conditions(), ""]
+    made = sections_of(options.output) if options.only else {}
+    for name in options.only or SECTIONS:
+        if name == "Losses of plain TRL beside ours":
+            lines = losses_section(small, options.quickstart / "data", scratch)
+        elif name == "Overhead: Llama, 5M":
+            lines = overhead_section(name, small, 40, options.rounds, options.quickstart / "data", scratch)
+        else:
+            base = options.quickstart / "base"
+            lines = overhead_section(name, base, 8, max(2, options.rounds // 2), options.quickstart / "data", scratch)
+        made[name] = "\n".join([f"## {name}", "", *lines, "", conditions()])
+    page = "\n\n".join([HEAD, *(made[name] for name in SECTIONS if name in made)]) + "\n"
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("\n".join(lines), encoding="utf-8")
-    print(options.output.read_text(encoding="utf-8"))
+    options.output.write_text(page, encoding="utf-8")
+    print(page)
+
+
+def sections_of(page: Path) -> dict[str, str]:
+    """The sections of a page that was written before."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    parts = [part.strip() for part in text.split("\n## ")[1:]]
+    return {part.partition("\n")[0]: f"## {part}" for part in parts}
 
 
 def small_base(quickstart: Path, folder: Path) -> Path:
@@ -166,39 +183,30 @@ def run(plan: PartitionPlan, folder: Path, ours: bool) -> tuple[list[float], flo
     return clock.steps(), clock.first - start, spent.seconds / (clock.moments[-1] - clock.first)
 
 
-def overhead_section(models: dict[str, tuple[Path, int, int]], data: Path, scratch: Path) -> list[str]:
-    lines = []
-    for name, (base, num_steps, rounds) in models.items():
-        plan = make_plan(base, training_files(data), scratch / name.split(",")[0], num_steps)
-        sides: dict[bool, list[tuple[list[float], float, float]]] = {False: [], True: []}
-        for number in range(rounds):
-            for ours in (False, True) if number % 2 == 0 else (True, False):
-                sides[ours].append(run(plan, scratch / "trainer", ours))
-        # Step by step the fastest of the rounds: the work of a step is the same in all of them.
-        best = {
-            side: sum(map(min, zip(*(steps for steps, _, _ in found), strict=True))) for side, found in sides.items()
-        }
-        ratios = [sum(b[0]) / sum(a[0]) for a, b in zip(sides[False], sides[True], strict=True)]
-        within = [share for _, _, share in sides[True]]
-        step = statistics.median(statistics.median(steps) for steps, _, _ in sides[False])
-        begin = {side: statistics.median(before for _, before, _ in found) for side, found in sides.items()}
-        lines.append(
-            f"| {name} | {num_steps} | {best[True] / best[False]:.4f} | {spread(ratios, 3)} | "
-            f"{100 * statistics.median(within):.3f} % | {(begin[True] - begin[False]) / step:.1f} |"
-        )
+def overhead_section(name: str, base: Path, num_steps: int, rounds: int, data: Path, scratch: Path) -> list[str]:
+    plan = make_plan(base, training_files(data), scratch / name.split()[1].strip(","), num_steps)
+    sides: dict[bool, list[tuple[list[float], float, float]]] = {False: [], True: []}
+    for number in range(rounds):
+        for ours in (False, True) if number % 2 == 0 else (True, False):
+            sides[ours].append(run(plan, scratch / "trainer", ours))
+    # Step by step the fastest of the rounds: the work of a step is the same in all of them.
+    best = {side: sum(map(min, zip(*(steps for steps, _, _ in runs), strict=True))) for side, runs in sides.items()}
+    ratios = [sum(b[0]) / sum(a[0]) for a, b in zip(sides[False], sides[True], strict=True)]
+    within = [share for _, _, share in sides[True]]
+    step = statistics.median(statistics.median(steps) for steps, _, _ in sides[False])
+    begin = {side: statistics.median(before for _, before, _ in runs) for side, runs in sides.items()}
     return [
-        "## Overhead",
+        f"The same {num_steps} steps by TRL alone and with what `merit train` adds to the trainer: plan checks, token "
+        f"ledger, progress, stop requests; {rounds} rounds in turns.",
         "",
-        "Time of the steps of a training with what `merit train` adds (plan checks, token ledger, progress, stop "
-        "requests) ÷ the same training by TRL alone, rounds in turns. *Fastest*: each step's fastest round. *Rounds*: "
-        "median of the rounds' ratios, with the lowest and highest: the noise of the machine. *Inside our code*: the "
-        "share of the steps' time that is spent in our hook and callbacks, timed call by call. *Once*: what is "
-        "checked before the first step (weights hashed, all tokens compared with the plan), in steps of this model: "
-        "it does not grow with the length of the training.",
-        "",
-        "| model | steps | fastest | rounds | inside our code | once |",
-        "|---|---:|---:|---:|---:|---:|",
-        *lines,
+        "| with MERIT ÷ TRL alone | |",
+        "|---|---|",
+        f"| inside our hook and callbacks, timed call by call, of the time of the steps | "
+        f"{100 * statistics.median(within):.3f} % ({100 * min(within):.3f} to {100 * max(within):.3f}) |",
+        f"| time of the steps, each taken from its fastest round | {best[True] / best[False]:.4f} |",
+        f"| time of the steps, round by round: median (lowest to highest) | {spread(ratios, 3)} |",
+        f"| once, before the first step (weights hashed, all tokens compared with the plan), in steps of this model | "
+        f"{(begin[True] - begin[False]) / step:.1f} |",
     ]
 
 
@@ -228,10 +236,8 @@ def losses_section(base: Path, data: Path, scratch: Path) -> list[str]:
         cells = [f"{theirs[k - 1]:.6f} / {ours[k - 1]:.6f}" for k in steps]
         columns.append(f"| {name} | {' | '.join(cells)} | {largest:.1g} |")
     return [
-        "## Losses of plain TRL beside ours",
-        "",
         "The same rows and SFTConfig, by a script of TRL alone and by `merit train`: logged losses (TRL / ours) of "
-        "the Llama above, and the largest difference over all 20 steps.",
+        "a Llama of 5M parameters, and the largest difference over all 20 steps.",
         "",
         f"| data | {' | '.join(f'step {k}' for k in steps)} | largest difference |",
         "|---" * (len(steps) + 2) + "|",
