@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from merit_hf.errors import ConfigError
@@ -76,3 +77,25 @@ def check_part(name: str, part: str, source: str) -> None:
             f"{source}: datasets.{name}.part={part!r}: all parts of NAME are drawn by NAME, so call this one "
             f"NAME#{number}."
         )
+
+
+def check_stream(dataset: Any, source: str) -> None:
+    """Raises ConfigError where a DatasetSection says how to stream, and does not stream."""
+    given = [key for key in ("num_examples", "shuffle_buffer") if getattr(dataset, key) is not None]
+    if given and not dataset.streaming:
+        raise ConfigError(
+            f"{source}: datasets.{dataset.name}.{given[0]} is for streaming: true. Add that, or leave it out; "
+            "`split: train[:1000]` takes the first rows of a dataset on the Hub that is read whole."
+        )
+
+
+def check_merge_method(engine: str, method: str, parameters: Mapping[str, Any], source: str) -> None:
+    """Methods other than the mean are mergekit's.
+
+    Raises:
+        ConfigError: another engine is to run one, or parameters are given to a mean.
+    """
+    if method != "linear" and engine != "mergekit":
+        raise ConfigError(f"{source}: method {method} is mergekit's, and engine is {engine}. Set engine to mergekit.")
+    if method == "linear" and parameters:
+        raise ConfigError(f"{source}: parameters {sorted(parameters)} for method linear, which has none. Set method.")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from merit_hf.choices import check_choices, check_part
+from merit_hf.choices import check_choices, check_merge_method, check_part, check_stream
 from merit_hf.errors import ConfigError as ConfigError
 from merit_hf.errors import MeritError as MeritError
 from merit_hf.fields import check_fields, nearest
@@ -61,6 +61,10 @@ class DatasetSection(_Section):
         tag (`str`, *optional*): a label; `plan.split: by_tag` groups by it.
         eval_path, eval_split (`str`, *optional*): held-out rows, same columns. Otherwise `eval_fraction` of the rows.
         eval_fraction (`float`, *optional*, defaults to `0.05`): share of the rows that is held out of training.
+        streaming (`bool`, *optional*, defaults to `False`): of a dataset that is too large to be read whole, its rows
+            are a sample of `num_examples`, drawn by the dataset's name, and no more is read than the sample needs.
+        num_examples (`int`, *optional*): rows of a streamed dataset, held-out ones among them.
+        shuffle_buffer (`int`, *optional*, defaults to `10000`): rows a streamed dataset's are drawn from at a time.
         part (`str`, *optional*): `2/3` is the second of three equal parts of the rows, drawn by the dataset's name;
             the entry is then called `NAME#2`. `plan.split_oversized` makes such entries.
         metric (`str`, *optional*): what `merit evaluate` scores answers by: one of [`METRICS`], or
@@ -82,6 +86,9 @@ class DatasetSection(_Section):
     eval_path: str | None = None
     eval_split: str | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    streaming: bool = False
+    num_examples: int | None = Field(default=None, ge=1)
+    shuffle_buffer: int | None = Field(default=None, ge=1, le=1_000_000)
     part: str | None = None
     metric: str | None = None
 
@@ -282,6 +289,7 @@ class MeritConfig(_Section):
         for dataset in self.datasets:
             if dataset.part is not None:
                 check_part(dataset.name, dataset.part, source)
+            check_stream(dataset, source)
         check_merge_method(self.merge.engine, self.merge.method, self.merge.parameters, source)
         for dataset in self.datasets:
             if dataset.metric is not None:
@@ -304,18 +312,6 @@ class MeritConfig(_Section):
                 f"{source}: merge.adapters={self.merge.adapters} with merge.svd_rank={self.merge.svd_rank}: `svd` "
                 "needs a rank, and nothing else takes one."
             )
-
-
-def check_merge_method(engine: str, method: str, parameters: typing.Mapping[str, Any], source: str) -> None:
-    """Methods other than the mean are mergekit's.
-
-    Raises:
-        ConfigError: another engine is to run one, or parameters are given to a mean.
-    """
-    if method != "linear" and engine != "mergekit":
-        raise ConfigError(f"{source}: method {method} is mergekit's, and engine is {engine}. Set engine to mergekit.")
-    if method == "linear" and parameters:
-        raise ConfigError(f"{source}: parameters {sorted(parameters)} for method linear, which has none. Set method.")
 
 
 def check_metric(name: str, where: str) -> None:

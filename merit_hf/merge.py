@@ -21,7 +21,8 @@ import torch
 from merit_hf.align import FLOATS, align
 from merit_hf.average import Average, dtype_name
 from merit_hf.checkpoint import ShardWriter, TensorInfo, atomic_folder, read_model_config, side_files
-from merit_hf.config import ConfigError, check_merge_method
+from merit_hf.choices import check_merge_method
+from merit_hf.config import ConfigError
 from merit_hf.hub import repo_of_snapshot
 from merit_hf.mergekit_engine import LINEAR, MethodUse, check_method, mergekit_config, run_mergekit
 

@@ -53,6 +53,7 @@ ROAD = [
     "adapters",
     "adapted",
     "sft",
+    "streams",
     "data",
     "affinity",
     "oversized",
