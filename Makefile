@@ -2,8 +2,9 @@
 # make test      set up and run the tests (make test-all: the slow ones too)
 # make browser   install Chromium, which the tests of the report open, where there is none (Debian, Ubuntu)
 # make quality   lint, format, types, import directions
-# make bench     the benchmarks, into benchmarks/results (make bench-merge: the merge against the disk and mergekit;
-#                make bench-planner: gradients, sketches and memory; make bench-scale: ten thousand datasets)
+# make bench     all benchmarks, one after another, into benchmarks/results; each by itself: make bench-quickstart (the
+#                quickstart's numbers), bench-merge (the merge against the disk and mergekit), bench-scale (ten thousand
+#                datasets), bench-planner (gradients, sketches, memory, processes)
 # make screenshots  docs/tour.md and its pictures, from a finished quickstart
 
 PYTHON ?= python3
@@ -11,8 +12,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/quickstart
+# What planner_scale.py measures is part of the planner's page.
+BENCHMARKS := quickstart merge scale planner
 
-.PHONY: demo test test-slow test-all browser bench bench-merge bench-planner bench-scale screenshots quality format clean
+.PHONY: demo test test-slow test-all browser bench $(BENCHMARKS:%=bench-%) screenshots quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt
@@ -46,10 +49,18 @@ browser:
 	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$sudo apt-get update && $$sudo apt-get install --yes --no-install-recommends chromium
 
-bench: $(VENV)/demo.done
+# Never two at a time, whatever -j says: each would measure the other.
+bench:
+	@for name in $(BENCHMARKS); do $(MAKE) bench-$$name || exit 1; done
+
+# A finished quickstart, of whatever age.
+$(RUN)/run/evaluation.json:
+	$(MAKE) demo
+
+bench-quickstart: $(VENV)/demo.done $(RUN)/run/evaluation.json
 	$(BIN)/python benchmarks/quickstart_checks.py $(RUN) --output benchmarks/results/quickstart.md
 
-bench-merge: $(VENV)/demo.done $(VENV)/dev.done
+bench-merge: $(VENV)/demo.done $(VENV)/dev.done $(RUN)/run/evaluation.json
 	$(BIN)/python benchmarks/merge_speed.py $(RUN) --output benchmarks/results/merge.md
 
 # bergson brings a torchvision that does not load beside torch's CPU build: it gets a folder of its own.
