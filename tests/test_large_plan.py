@@ -22,6 +22,7 @@ from merit_hf.partition import (
 )
 from merit_hf.plan import PartitionPlan
 from merit_hf.readouts import write_sketches
+from merit_hf.sharing.publish import _with_places
 
 COUNT = 1100
 
@@ -180,7 +181,9 @@ def test_a_loaded_plan_makes_its_matrix_only_when_asked(rows: np.ndarray, tmp_pa
     pairs = again.conflict_pairs()
     assert pairs is not None
     assert f"{pairs.most_extreme(1)[0][0][2]:.3f}" in card
-    assert callable(again.__dict__[tables.LazyMatrix.NAME]), "the card needs the pairs alone"
+    published = _with_places(again, again)
+    assert published.to_dict() == again.to_dict()
+    assert all(callable(p.__dict__[tables.LazyMatrix.NAME]) for p in (again, published)), "pairs alone are needed"
     assert np.array_equal(again.conflict_matrix, conflict_matrix(rows))
 
 

@@ -56,10 +56,9 @@ def publish_data(
                 "shuffle_buffer": None,
             }  # fmt: skip
             stage.advance()
-    return dataclasses.replace(
-        plan,
-        datasets=[placed.get(dataset.name, dataset) for dataset in plan.datasets],
-        config={**plan.config, "datasets": [entries[entry["name"]] for entry in plan.config["datasets"]]},
+    return plan.with_data(
+        [placed.get(dataset.name, dataset) for dataset in plan.datasets],
+        [entries[entry["name"]] for entry in plan.config["datasets"]],
     )
 
 
