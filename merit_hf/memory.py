@@ -28,8 +28,8 @@ class MemoryEstimate:
     """Bytes beside the weights, which are loaded already; of one process.
 
     Attributes:
-        gradients: of all trained parameters, or of the largest under `low_memory`; and once more of the largest, since a
-            gradient that is just made lies beside those that it is added to (tied weights have two).
+        gradients: of all trained parameters, or of the largest under `low_memory`; and once more of the largest, since
+            a gradient that is just made lies beside those that it is added to (tied weights have two).
         activations: what the backward pass needs of the largest micro-batch's forward pass.
         logits: of its loss tokens.
         available: what the device has left.
