@@ -114,6 +114,9 @@ def main() -> None:
     parser.add_argument("quickstart", type=Path, help="folder of the quickstart; base and data are made if missing")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--samples", type=int, default=6, help="examples a dataset of the plans by one and two processes"
+    )
     parser.add_argument("--bergson", type=Path, help="folder with EleutherAI's bergson (see planner_bergson.py)")
     parser.add_argument(
         "--only", choices=SECTIONS, action="append", help="measure this section again and keep the others; repeatable"
@@ -157,7 +160,7 @@ def measure(section: str, options: argparse.Namespace, scratch: Path) -> str:
     if section == "Memory":
         return memory_section(folder)
     if section == "Two processes":
-        return processes_section(folder, scratch)
+        return processes_section(folder, scratch, options.samples)
     model, tokenizer, args, mixture = quickstart(folder)
     if section == "Speed":
         return speed_section(model, tokenizer, args, mixture, options.rounds)
@@ -375,7 +378,7 @@ def memory_section(folder: Path) -> str:
     )
 
 
-def processes_section(folder: Path, scratch: Path) -> str:
+def processes_section(folder: Path, scratch: Path, samples: int) -> str:
     """`merit plan` of the quickstart with few samples by one process of one thread, and by two."""
     config = scratch / "two.yaml"
     config.write_text(
@@ -387,7 +390,8 @@ def processes_section(folder: Path, scratch: Path) -> str:
         launch = ["--config_file", str(config)] if count == 2 else ["--cpu", "--num_processes", "1"]
         output = scratch / f"plan-{len(found)}"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *launch,
-                   "-m", "merit_hf.planner", str(folder / "quickstart.yaml"), "--output", str(output)]  # fmt: skip
+                   "-m", "merit_hf.planner", str(folder / "quickstart.yaml"), f"plan.num_samples={samples}",
+                   "--output", str(output)]  # fmt: skip
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
         content = json.loads((output / "plan.json").read_text())
         found.append((count, content["cost"]["gradient_seconds"], content["sha256"]))
@@ -400,9 +404,10 @@ def processes_section(folder: Path, scratch: Path) -> str:
         [
             "## Two processes",
             "",
-            f"Gradients of the quickstart by `accelerate launch -m merit_hf.planner`, one thread a process: two "
-            f"processes are {alone / pair:.2f} times as fast as one, and make {same}. What the hardware allows: two "
-            f"processes that have nothing to do with each other, each with a model of its own, make {ceiling:.2f} "
+            f"Gradients of the quickstart ({samples} examples a dataset) by `accelerate launch -m merit_hf.planner`, "
+            f"one thread a process: two processes are {alone / pair:.2f} times as fast as one, and make {same}. What "
+            "the hardware allows: two processes that have nothing to do with each other, each with a model of its "
+            f"own, make {ceiling:.2f} "
             "times the passes that one makes alone, since the cores share caches and memory. The rest: datasets are "
             "handed out one by one, and the last one is finished by one process alone.",
         ]
