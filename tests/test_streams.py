@@ -201,6 +201,7 @@ def test_how_many_rows_there_are(tmp_path: Path) -> None:
         assert found.number == pytest.approx(5000, rel=0.02)
     (tmp_path / "list.json").write_text("[1, 2]")
     assert count_rows([str(tmp_path / "list.json")]) is None
+    assert count_rows([]) is None
     many = []
     for number in range(20):
         many.append(str(write_jsonl(tmp_path / f"{number}.jsonl", [{"text": f"{row:04d}"} for row in range(100)])))
