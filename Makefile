@@ -3,9 +3,10 @@
 # make browser   install Chromium, which the tests of the report open, where there is none (Debian, Ubuntu)
 # make slurm     install Slurm and munge, which the tests of the launchers start, where there are none (Debian, Ubuntu)
 # make quality   lint, format, types, import directions
-# make bench     the benchmarks, into benchmarks/results (make bench-merge: the merge against the disk and mergekit;
-#                make bench-planner: gradients, sketches and memory; make bench-scale: ten thousand datasets;
-#                make bench-training: the cost beside plain TRL)
+# make bench     all benchmarks, one after another, into benchmarks/results; each by itself: make bench-quickstart (the
+#                quickstart's numbers), bench-merge (the merge against the disk and mergekit), bench-scale (ten thousand
+#                datasets), bench-planner (gradients, sketches, memory, processes),
+#                bench-training (the cost beside plain TRL)
 # make screenshots  docs/tour.md and its pictures, from a finished quickstart
 
 PYTHON ?= python3
@@ -13,8 +14,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/quickstart
+# What planner_scale.py measures is part of the planner's page.
+BENCHMARKS := quickstart merge training scale planner
 
-.PHONY: demo test test-slow test-all browser slurm bench bench-merge bench-planner bench-scale bench-training screenshots quality format clean
+.PHONY: demo test test-slow test-all browser slurm bench $(BENCHMARKS:%=bench-%) screenshots quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt
@@ -53,10 +56,18 @@ slurm:
 	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); export DEBIAN_FRONTEND=noninteractive; \
 	$$sudo apt-get update && $$sudo apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge
 
-bench: $(VENV)/demo.done
+# Never two at a time, whatever -j says: each would measure the other.
+bench:
+	@for name in $(BENCHMARKS); do $(MAKE) bench-$$name || exit 1; done
+
+# A finished quickstart, of whatever age.
+$(RUN)/run/evaluation.json:
+	$(MAKE) demo
+
+bench-quickstart: $(VENV)/demo.done $(RUN)/run/evaluation.json
 	$(BIN)/python benchmarks/quickstart_checks.py $(RUN) --output benchmarks/results/quickstart.md
 
-bench-merge: $(VENV)/demo.done $(VENV)/dev.done
+bench-merge: $(VENV)/demo.done $(VENV)/dev.done $(RUN)/run/evaluation.json
 	$(BIN)/python benchmarks/merge_speed.py $(RUN) --output benchmarks/results/merge.md
 
 # bergson brings a torchvision that does not load beside torch's CPU build: it gets a folder of its own.

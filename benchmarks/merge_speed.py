@@ -1,4 +1,4 @@
-"""The merge against the disk and against mergekit: `make bench-merge` after `make demo`.
+"""The merge against the disk and against mergekit: `make bench-merge`.
 
     python benchmarks/merge_speed.py runs/quickstart --output benchmarks/results/merge.md
 
@@ -245,7 +245,7 @@ def report(lines: list[str], table: list[str], rounds: int) -> str:
     speed_lines, table_lines = "\n".join(lines), "\n".join(table)
     return f"""# Merging: speed, memory, architectures
 
-Written by `make bench-merge` after `make demo`. Hardware: {platform.machine()}, {os.cpu_count()} cores, torch on CPU;
+Written by `make bench-merge`. Hardware: {platform.machine()}, {os.cpu_count()} cores, torch on CPU;
 load average of the last 15 minutes {os.getloadavg()[2]:.1f}. Versions: {versions}.
 
 ## Speed and memory

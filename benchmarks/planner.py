@@ -1,6 +1,10 @@
-"""The planner against a bare loop, its sketches against exact gradients: `make bench-planner` after `make demo`.
+"""The planner against a bare loop, its sketches against exact gradients: `make bench-planner`.
 
     python benchmarks/planner.py runs/quickstart --output benchmarks/results/planner.md
+    python benchmarks/planner.py runs/quickstart --output benchmarks/results/planner.md --only Memory --only Speed
+
+Needs the quickstart's base and data alone, and makes them where they are not there. A section takes a few minutes; a
+run that was stopped goes on with the sections that are left (`OUTPUT.part` lists those that are done).
 
 Bare loop: the backbone over a batch, the head over the positions that bear a loss, cross-entropy, backward; nothing
 else. It sees the same batches. Every ratio is of two things measured in turns in one run.
@@ -47,28 +51,42 @@ NUM_TIMED = 40
 SECTIONS = ("Speed", "bergson", "Memory", "Sketches", "Two processes")
 HEAD = """# The planner: speed, sketches, memory, processes
 
-Written by `make bench-planner` after `make demo`, section by section. No accelerator was at hand: bf16 is
-not measured."""
+Written by `make bench-planner`, section by section. No accelerator was at hand: bf16 is not measured."""
 DIMS = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
 MEMORY = """
-import json, sys
+import contextlib, json, sys
 from pathlib import Path
 from planner import quickstart
-from merit_hf.gradients import GradientSettings, dataset_gradient
-from merit_hf.sft import open_loss
+from merit_hf.gradients import GradientSettings, batches_of, dataset_gradient, trained_parameters
+from merit_hf.loss import loss_sum, recomputing
+from merit_hf.memory import estimate_memory
+from merit_hf.sft import collate, open_loss
 from merit_hf.sketch import CountSketch
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-folder, low_memory, checkpointing = sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "1"
+folder, how, checkpointing = sys.argv[1], sys.argv[2], sys.argv[3] == "1"
 model, tokenizer, args, mixture = quickstart(Path(folder), only=["sql"])
-with open_loss(model, tokenizer, args, mixture[0].train) as trainer:
+rows = mixture[0].train
+settings = GradientSettings(1024, how == "low", checkpointing)
+batches = batches_of([len(ids) for ids in rows["input_ids"]], "token_mean", 1024)
+with open_loss(model, tokenizer, args, rows) as trainer:
+    made = [collate(trainer, rows, indices) for indices in batches]
+    largest = max(made, key=lambda batch: batch["input_ids"].numel())
+    loss_tokens = int((largest["labels"][:, 1:] != -100).sum())
+    predicted = estimate_memory(model, largest["input_ids"].numel(), loss_tokens, settings).total
     # Loading took more for a moment: the mark of the highest is set back.
     Path("/proc/self/clear_refs").write_text("5")
     loaded = resident("VmRSS")
-    settings = GradientSettings(1024, low_memory, checkpointing)
-    dataset_gradient(trainer, mixture[0].train, CountSketch(65536, 0), settings=settings)
-print(json.dumps([loaded, resident("VmHWM")]))
+    if how == "bare":
+        # The largest micro-batch alone, every gradient dropped as it comes: never more than one is there.
+        for _, parameter in trained_parameters(model):
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        with recomputing(model) if checkpointing else contextlib.nullcontext():
+            loss_sum(trainer, largest).backward()
+    else:
+        dataset_gradient(trainer, rows, CountSketch(65536, 0), settings=settings)
+print(json.dumps([resident("VmHWM") - loaded, predicted]))
 """
 
 # Passes of the model over one dataset, by a process of one thread, in the half minute after it is told to go.
@@ -93,9 +111,12 @@ with open_loss(model, tokenizer, args, mixture[0].train) as trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("quickstart", type=Path, help="the folder that `make demo` made")
+    parser.add_argument("quickstart", type=Path, help="folder of the quickstart; base and data are made if missing")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--samples", type=int, default=6, help="examples a dataset of the plans by one and two processes"
+    )
     parser.add_argument("--bergson", type=Path, help="folder with EleutherAI's bergson (see planner_bergson.py)")
     parser.add_argument(
         "--only", choices=SECTIONS, action="append", help="measure this section again and keep the others; repeatable"
@@ -104,16 +125,32 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     scale = options.output.with_name("planner_scale.md")
     scratch = Path(tempfile.mkdtemp(prefix="planner-"))
-    made = sections_of(options.output) if options.only else {}
+    prepare(options.quickstart)
+    made, progress = sections_of(options.output), options.output.with_name(options.output.name + ".part")
+    done = progress.read_text(encoding="utf-8").splitlines() if progress.exists() and not options.only else []
     try:
-        for name in options.only or SECTIONS:
+        for name in options.only or [name for name in SECTIONS if name not in done]:
             made[name] = measure(name, options, scratch) + f"\n\n{conditions()}"
             # What is measured stays, should a later section be stopped.
             parts = [HEAD, *(made[name] for name in SECTIONS if name in made)]
             parts += [scale.read_text(encoding="utf-8").strip()] if scale.exists() else []
             options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+            if not options.only:
+                done.append(name)
+                progress.write_text("\n".join(done), encoding="utf-8")
+        if not options.only:
+            progress.unlink()
     finally:
         shutil.rmtree(scratch)
+
+
+def prepare(folder: Path) -> None:
+    """The quickstart's base, data and CONFIG, where they are not there yet."""
+    recipe, config = Path(__file__).parents[1] / "recipes" / "quickstart", folder / "quickstart.yaml"
+    if not (folder / "base" / "config.json").exists() or not (folder / "data").exists():
+        subprocess.run([sys.executable, str(recipe / "prepare.py"), "--output", str(folder)], check=True)
+    if not config.exists():
+        shutil.copyfile(recipe / "quickstart.yaml", config)
 
 
 def measure(section: str, options: argparse.Namespace, scratch: Path) -> str:
@@ -123,7 +160,7 @@ def measure(section: str, options: argparse.Namespace, scratch: Path) -> str:
     if section == "Memory":
         return memory_section(folder)
     if section == "Two processes":
-        return processes_section(folder, scratch)
+        return processes_section(folder, scratch, options.samples)
     model, tokenizer, args, mixture = quickstart(folder)
     if section == "Speed":
         return speed_section(model, tokenizer, args, mixture, options.rounds)
@@ -308,34 +345,40 @@ def sketch_section(
 
 
 def memory_section(folder: Path) -> str:
-    lines = []
-    for low_memory, checkpointing in itertools.product((0, 1), repeat=2):
-        command = [sys.executable, "-c", MEMORY, str(folder), str(low_memory), str(checkpointing)]
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    for how, checkpointing in itertools.product(("all", "low", "bare"), (0, 1)):
+        command = [sys.executable, "-c", MEMORY, str(folder), how, str(checkpointing)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        loaded, highest = json.loads(done.stdout.splitlines()[-1])
-        lines.append((low_memory, checkpointing, highest - loaded))
-        print("memory", lines[-1], flush=True)
-    plain = lines[0][2]
+        found[how, checkpointing] = tuple(json.loads(done.stdout.splitlines()[-1]))
+        print("memory", how, checkpointing, found[how, checkpointing], flush=True)
+    plain = found["all", 0][0]
+    lines = []
+    for how, checkpointing in itertools.product(("all", "low"), (0, 1)):
+        size, predicted = found[how, checkpointing]
+        lines.append(
+            f"| {how == 'low'} | {bool(checkpointing)} | {size / 1e9:.2f} GB | {size / plain:.2f} | "
+            f"{size / found['bare', checkpointing][0]:.2f} | {predicted / size:.2f} |"
+        )
     return "\n".join(
         [
             "## Memory",
             "",
             "Highest resident memory of a process that makes one dataset's gradient (SmolLM2-135M, micro-batches of "
             "1,024 tokens), above what it had with the model loaded. All gradients are as large as the weights, 0.54 "
-            "GB; the largest parameter's is 0.11 GB.",
+            "GB; the largest parameter's is 0.11 GB. *Bare*: forward and backward of the largest micro-batch alone, "
+            "every gradient dropped as it comes: what `low_memory` is to take, one parameter's gradient being part of "
+            "it. *Predicted*: what `merit plan` and its `--dry-run` expect, by rule of thumb.",
             "",
-            "| `plan.low_memory` | `plan.gradient_checkpointing` | above the loaded model | share |",
-            "|---|---|---|---|",
-            *(
-                f"| {bool(low)} | {bool(checkpointing)} | {size / 1e9:.2f} GB | {size / plain:.2f} |"
-                for low, checkpointing, size in lines
-            ),
+            "| `plan.low_memory` | `plan.gradient_checkpointing` | above the loaded model | share | ÷ bare "
+            "| predicted ÷ measured |",
+            "|---|---|---|---|---|---|",
+            *lines,
         ]
     )
 
 
-def processes_section(folder: Path, scratch: Path) -> str:
+def processes_section(folder: Path, scratch: Path, samples: int) -> str:
     """`merit plan` of the quickstart with few samples by one process of one thread, and by two."""
     config = scratch / "two.yaml"
     config.write_text(
@@ -347,7 +390,8 @@ def processes_section(folder: Path, scratch: Path) -> str:
         launch = ["--config_file", str(config)] if count == 2 else ["--cpu", "--num_processes", "1"]
         output = scratch / f"plan-{len(found)}"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *launch,
-                   "-m", "merit_hf.planner", str(folder / "quickstart.yaml"), "--output", str(output)]  # fmt: skip
+                   "-m", "merit_hf.planner", str(folder / "quickstart.yaml"), f"plan.num_samples={samples}",
+                   "--output", str(output)]  # fmt: skip
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
         content = json.loads((output / "plan.json").read_text())
         found.append((count, content["cost"]["gradient_seconds"], content["sha256"]))
@@ -360,9 +404,10 @@ def processes_section(folder: Path, scratch: Path) -> str:
         [
             "## Two processes",
             "",
-            f"Gradients of the quickstart by `accelerate launch -m merit_hf.planner`, one thread a process: two "
-            f"processes are {alone / pair:.2f} times as fast as one, and make {same}. What the hardware allows: two "
-            f"processes that have nothing to do with each other, each with a model of its own, make {ceiling:.2f} "
+            f"Gradients of the quickstart ({samples} examples a dataset) by `accelerate launch -m merit_hf.planner`, "
+            f"one thread a process: two processes are {alone / pair:.2f} times as fast as one, and make {same}. What "
+            "the hardware allows: two processes that have nothing to do with each other, each with a model of its "
+            f"own, make {ceiling:.2f} "
             "times the passes that one makes alone, since the cores share caches and memory. The rest: datasets are "
             "handed out one by one, and the last one is finished by one process alone.",
         ]

@@ -1,4 +1,4 @@
-"""Two numbers of a finished quickstart, from its own files: `make bench` after `make demo`.
+"""Two numbers of a finished quickstart, from its own files: `make bench-quickstart`.
 
     python benchmarks/quickstart_checks.py runs/quickstart --output benchmarks/results/quickstart.md
 
@@ -82,7 +82,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
-        "# Quickstart checks\n\nWritten by `make bench` after `make demo`.\n\n"
+        "# Quickstart checks\n\nWritten by `make bench-quickstart`.\n\n"
         f"Hardware: {platform.machine()}, {torch.get_num_threads()} threads. Versions: {versions}.\n\n"
         "| what | value |\n|---|---|\n"
         f"| merged weights compared with a float64 weighted mean | {merge['values']:,} |\n"

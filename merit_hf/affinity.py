@@ -18,15 +18,21 @@ _FORMS = "a table with a column `dataset` and one for each dataset, or one of da
 _TOLERANCE = 1e-6
 
 
-def read_affinity(path: Path, names: Sequence[str], parts: Sequence[str | None] | None = None) -> np.ndarray:
+def read_affinity(
+    path: Path,
+    names: Sequence[str],
+    parts: Sequence[str | None] | None = None,
+    orders: Sequence[Sequence[str]] = (),
+) -> np.ndarray:
     """The affinity between `names`, float64 [T, T]: high = train together.
 
     .csv and .parquet hold a square table or a list of pairs (such as a plan's conflict.parquet), .npz the arrays
-    `names` and `matrix`, .npy the matrix alone, whose rows are then taken to be the datasets in the order of their
-    names. Datasets of the file that are not asked for are passed over. A missing diagonal is 1.
+    `names` and `matrix`, .npy the matrix alone, whose rows are then taken to be the datasets of CONFIG in the order of
+    their names. Datasets of the file that are not asked for are passed over. A missing diagonal is 1.
 
     Args:
         parts: of datasets that were cut, their part; where a part has no row of its own, that of the whole stands in.
+        orders: names that the rows of an .npy may be of; the first as long as the matrix is taken. Default: `names`.
 
     Raises:
         ConfigError: no such file, another form, a dataset without a row, a gap, or two halves that differ.
@@ -35,7 +41,7 @@ def read_affinity(path: Path, names: Sequence[str], parts: Sequence[str | None] 
     if not path.is_file():
         raise ConfigError(f"{where}: no such file. Give a .csv, .parquet, .npz or .npy.")
     try:
-        found, matrix = _read(path, sorted(names))
+        found, matrix = _read(path, [*orders, sorted(names)])
     except (OSError, ValueError, KeyError, pa.ArrowException, zipfile.BadZipFile) as error:
         said = " ".join(str(error).split())
         raise ConfigError(f"{where}: not readable as an affinity matrix ({said}). Expected {_FORMS}.") from error
@@ -65,9 +71,11 @@ def read_affinity(path: Path, names: Sequence[str], parts: Sequence[str | None] 
     return np.asarray((chosen + chosen.T) / 2)
 
 
-def _read(path: Path, expected: list[str]) -> tuple[list[str], np.ndarray]:
+def _read(path: Path, orders: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
     if path.suffix == ".npy":
-        return expected, np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
+        matrix = np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
+        fitting = (list(order) for order in orders if matrix.shape == (len(order), len(order)))
+        return next(fitting, list(orders[0])), matrix
     if path.suffix == ".npz":
         arrays = np.load(path, allow_pickle=False)
         return [str(name) for name in arrays["names"]], np.asarray(arrays["matrix"], dtype=np.float64)

@@ -154,3 +154,13 @@ def check_part(name: str, part: str, source: str) -> None:
             f"{source}: datasets.{name}.part={part!r}: all parts of NAME are drawn by NAME, so call this one "
             f"NAME#{number}."
         )
+
+
+def check_stream(dataset: Any, source: str) -> None:
+    """Raises ConfigError where a DatasetSection says how to stream, and does not stream."""
+    given = [key for key in ("num_examples", "shuffle_buffer") if getattr(dataset, key) is not None]
+    if given and not dataset.streaming:
+        raise ConfigError(
+            f"{source}: datasets.{dataset.name}.{given[0]} is for streaming: true. Add that, or leave it out; "
+            "`split: train[:1000]` takes the first rows of a dataset on the Hub that is read whole."
+        )

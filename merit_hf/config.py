@@ -22,6 +22,7 @@ from merit_hf.choices import (
     check_merge_method,
     check_part,
     check_rounds,
+    check_stream,
 )
 from merit_hf.errors import ConfigError as ConfigError
 from merit_hf.errors import MeritError as MeritError
@@ -69,6 +70,10 @@ class DatasetSection(_Section):
         tag (`str`, *optional*): a label; `plan.split: by_tag` groups by it.
         eval_path, eval_split (`str`, *optional*): held-out rows, same columns. Otherwise `eval_fraction` of the rows.
         eval_fraction (`float`, *optional*, defaults to `0.05`): share of the rows that is held out of training.
+        streaming (`bool`, *optional*, defaults to `False`): of a dataset that is too large to be read whole, its rows
+            are a sample of `num_examples`, drawn by the dataset's name, and no more is read than the sample needs.
+        num_examples (`int`, *optional*): rows of a streamed dataset, held-out ones among them.
+        shuffle_buffer (`int`, *optional*, defaults to `10000`): rows a streamed dataset's are drawn from at a time.
         part (`str`, *optional*): `2/3` is the second of three equal parts of the rows, drawn by the dataset's name;
             the entry is then called `NAME#2`. `plan.split_oversized` makes such entries.
         metric (`str`, *optional*): what `merit evaluate` scores answers by: one of [`METRICS`], or
@@ -93,6 +98,9 @@ class DatasetSection(_Section):
     eval_path: str | None = None
     eval_split: str | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    streaming: bool = False
+    num_examples: int | None = Field(default=None, ge=1)
+    shuffle_buffer: int | None = Field(default=None, ge=1, le=1_000_000)
     part: str | None = None
     metric: str | None = None
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -313,6 +321,7 @@ class MeritConfig(_Section):
         for dataset in self.datasets:
             if dataset.part is not None:
                 check_part(dataset.name, dataset.part, source)
+            check_stream(dataset, source)
         merge = self.merge
         check_merge_method(merge.engine, merge.method, merge.parameters, source, merge.interpolate_to_init)
         check_rounds(self, source)

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 
 from merit_hf.choices import part_of, whole_name
 from merit_hf.config import REASONING_GYM, ConfigError, DatasetSection
-from merit_hf.hub import HTTPError, HubUnavailableError, arrived_whole, is_unavailable, pin_revision
+from merit_hf.hub import HTTPError, HubUnavailableError, arrived_whole, hub_errors, is_unavailable, pin_revision
 from merit_hf.images import IMAGES, image_column, image_digests, undecoded, with_images
+from merit_hf.streams import DEFAULT_BUFFER, RowCount, count_rows, sample_stream
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # What `datasets.load_dataset` takes for a file format, and would then read the files of the current folder.
@@ -78,8 +79,15 @@ def load_rows(
             images; a plan's entries name it.
 
     Raises:
-        ConfigError: no such file or repo, a column that is not there, a format TRL does not know.
+        ConfigError: no such file or repo, a column that is not there, a format TRL does not know; or a stream without
+            `num_examples`.
     """
+    if spec.streaming and spec.num_examples is None:
+        raise ConfigError(
+            f"datasets.{spec.name}.streaming=true without num_examples: nothing less than all of its rows says how "
+            "many tokens they have, which groups and merge weights are made of. Set num_examples to the rows to take; "
+            "`merit plan --dry-run` says about how many there are."
+        )
     local = is_local(spec.path, root)
     revision = None if local else pin_revision(spec.path, spec.revision, repo_type="dataset", where=spec.name)
 
@@ -122,6 +130,18 @@ def load_rows(
         weight=spec.weight,
         source=np.array(places["row"], dtype=np.int64),
     )
+
+
+def approximate_rows(spec: DatasetSection, root: Path) -> RowCount | None:
+    """About how many rows a dataset has before any is held out, without reading it whole; see [`count_rows`]."""
+    if is_local(spec.path, root):
+        return count_rows([str((root / spec.path).expanduser())])
+    commit = pin_revision(spec.path, spec.revision, repo_type="dataset", where=spec.name)
+    with hub_errors(f"counting the rows of `{spec.path}`"):
+        builder = datasets.load_dataset_builder(spec.path, spec.config, revision=commit)
+        stated = (builder.info.splits or {}).get(spec.split)
+        files = (builder.config.data_files or {}).get(spec.split, [])
+        return count_rows([str(file) for file in files], stated.num_examples if stated else None)
 
 
 def hold_out(rows: datasets.Dataset, fraction: float, name: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -240,16 +260,26 @@ def format_digest(digest: int) -> str:
 
 def _read_from_hub(spec: DatasetSection, path: str, split: str, revision: str | None, where: str) -> datasets.Dataset:
     def load(again: bool) -> datasets.Dataset:
+        if spec.streaming:
+            stream = datasets.load_dataset(path, spec.config, split=split, revision=revision, streaming=True)
+            return _sample(stream, spec, [path, spec.config, split, revision])
         mode = datasets.DownloadMode.FORCE_REDOWNLOAD if again else None
         return datasets.load_dataset(path, spec.config, split=split, revision=revision, download_mode=mode)
 
     try:
-        return arrived_whole(path, revision, "dataset", load) if revision is not None else load(False)
+        whole = revision is not None and not spec.streaming
+        return arrived_whole(path, str(revision), "dataset", load) if whole else load(False)
     except (ValueError, OSError, HTTPError, HubUnavailableError, datasets.exceptions.DatasetGenerationError) as error:
         said = " ".join(str(error).split())
         if is_unavailable(error) or is_unavailable(error.__cause__ or error):
             raise HubUnavailableError(f"{where}: cannot be loaded now: {said}. Run the command again.") from error
         raise ConfigError(f"{where}: cannot be loaded from the Hub: {said}") from error
+
+
+def _sample(stream: datasets.IterableDataset, spec: DatasetSection, identity: list[object]) -> datasets.Dataset:
+    assert spec.num_examples is not None
+    seed = seed_of("stream", whole_name(spec.name, spec.part))
+    return sample_stream(stream, spec.num_examples, spec.shuffle_buffer or DEFAULT_BUFFER, seed, identity)
 
 
 def _read(spec: DatasetSection, path: str, split: str, root: Path, revision: str | None) -> datasets.Dataset:
@@ -260,6 +290,9 @@ def _read(spec: DatasetSection, path: str, split: str, root: Path, revision: str
             raise ConfigError(
                 f"{where}: is meant as a Hub id, and names a folder here or a file format. Run it from another folder."
             )
+        if spec.streaming and revision is None:
+            # A sample is kept under the commit that it is of.
+            revision = pin_revision(path, None, repo_type="dataset", where=spec.name)
         return _read_from_hub(spec, path, split, revision, where)
     file = (root / path).expanduser()
     if not file.exists():
@@ -278,7 +311,12 @@ def _read(spec: DatasetSection, path: str, split: str, root: Path, revision: str
             # Cells are text: the answers 007, 1.50, NA and None are not numbers or gaps.
             columns = {column: datasets.Value("string") for column in _csv_header(file)}
             options = {"features": datasets.Features(columns), "keep_default_na": False}
-        return datasets.load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train", **options)
+        options |= {"path": _LOADERS[file.suffix], "data_files": str(file), "split": "train"}
+        if spec.streaming:
+            state = file.stat()
+            identity = [str(file.resolve()), state.st_size, state.st_mtime_ns]
+            return _sample(datasets.load_dataset(**options, streaming=True), spec, identity)
+        return datasets.load_dataset(**options)
     except (ValueError, OSError, csv.Error, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         raise ConfigError(
             f"{where}: not readable as {file.suffix}: {' '.join(str(error.__cause__ or error).split())}"

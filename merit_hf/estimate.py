@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from merit_hf.config import MeritConfig, MeritError
-from merit_hf.data import count_tokens, seed_of
+from merit_hf.config import ConfigError, DatasetSection, MeritConfig, MeritError
+from merit_hf.data import approximate_rows, count_tokens, seed_of
 from merit_hf.gradients import GradientSettings, batch_by_tokens, sample_indices, trained_parameters
 from merit_hf.groups import GRADIENT_SPLITS
 from merit_hf.hub import resolve_model
@@ -33,6 +34,7 @@ from merit_hf.sft import (
     tokenize_rows,
 )
 from merit_hf.sketch import make_sketch
+from merit_hf.streams import RowCount
 from merit_hf.vision import takes_images
 
 # Rows of a dataset that are tokenised, and seconds of forward and backward: enough for a figure, over in seconds.
@@ -46,6 +48,8 @@ class Estimate:
     Attributes:
         num_parameters, num_trained: of the model, and of those that are trained.
         num_datasets, num_examples, num_input_tokens: of the mixture; tokens from up to 64 rows a dataset.
+        token_error: standard error of `num_input_tokens`, from the spread of the sampled rows' lengths.
+        streamed: rows of the datasets that are streamed without `num_examples`, held-out ones among them.
         gradient_tokens: of the samples behind the gradients, `precondition` included; 0 where the split needs none.
         tokens_per_second: of forward and backward here, over `probe_tokens`. device: on what.
         parameter_bytes, gradient_bytes, activation_bytes: while planning, for micro-batches of `tokens_per_batch`.
@@ -58,6 +62,8 @@ class Estimate:
     num_datasets: int
     num_examples: int
     num_input_tokens: int
+    token_error: float
+    streamed: dict[str, RowCount]
     gradient_tokens: int
     tokens_per_second: float
     probe_tokens: int
@@ -87,26 +93,56 @@ def estimate_plan(config: MeritConfig, progress: Progress | None = None) -> Esti
     check_trainable(args, config.peft)
     section = config.base
     folder, _, _ = resolve_model(section.model_name_or_path, section.revision, config.root, "base.model_name_or_path")
-    loaded, _ = read_mixture(config.datasets, config.root, args, progress, lambda: takes_images(folder))
+    endless = [spec for spec in config.datasets if spec.streaming and spec.num_examples is None]
+    specs = [_sampled(spec) if spec in endless else spec for spec in config.datasets]
+    loaded, _ = read_mixture(specs, config.root, args, progress, lambda: takes_images(folder))
+    streamed = {spec.name: _counted(spec, config.root) for spec in endless}
+    trained = {spec.name: round(streamed[spec.name].number * (1 - _held_out_share(spec))) for spec in endless}
+    sizes = [trained.get(dataset.name, len(dataset.train)) for dataset in loaded]
     tokenizer = load_tokenizer(folder, chat_template, any(dataset.images for dataset in loaded))
     model = load_model(folder, args, config.peft, config.base.freeze)
-    samples, tokens, sampled = [], [], []
+    samples, tokens, sampled, square = [], [], [], 0.0
     largest = config.plan.max_num_samples if config.plan.num_samples == "auto" else config.plan.num_samples
     with progress.stage("Tokenising a sample", total=len(loaded)) as stage:
-        for dataset in loaded:
+        for dataset, size in zip(loaded, sizes, strict=True):
+            weight = dataset.weight
             chosen = sample_indices(len(dataset.train), _NUM_ROWS, seed_of("estimate", dataset.name))
             rows = tokenize_rows(model, tokenizer, args, dataset.train.select(chosen)).rows
-            mean = count_tokens(rows).num_input_tokens / len(chosen)
+            # Rows that SFT drops have no tokens.
+            lengths = np.zeros(len(chosen))
+            lengths[: len(rows)] = count_tokens(rows).input_tokens
+            mean = float(lengths.mean())
             samples.append(rows)
-            tokens.append(mean * len(dataset.train) * dataset.weight)
-            sampled.append(mean * min(largest, len(dataset.train)))
+            tokens.append(mean * size * weight)
+            sampled.append(mean * min(largest, size))
+            if size > len(lengths) > 1:
+                square += (size * weight * float(lengths.std(ddof=1))) ** 2 / len(lengths)
             stage.advance()
     fullest = max(range(len(samples)), key=lambda number: tokens[number])
     with open_loss(model, tokenizer, args, samples[fullest]) as trainer:
         probed, seconds = _probe(trainer, samples[fullest], config.plan.tokens_per_batch)
-    return _estimate(
-        config, args, model, [round(len(d.train) * d.weight) for d in loaded], tokens, sum(sampled), probed, seconds
-    )
+    passed = [round(size * dataset.weight) for dataset, size in zip(loaded, sizes, strict=True)]
+    return _estimate(config, args, model, passed, tokens, square**0.5, streamed, sum(sampled), probed, seconds)
+
+
+def _sampled(spec: DatasetSection) -> DatasetSection:
+    """As many of its rows as are looked at, none of them held out."""
+    held_out = {"eval_path": None, "eval_split": None, "eval_fraction": 0.0}
+    return spec.model_copy(update={"num_examples": _NUM_ROWS, **held_out})
+
+
+def _held_out_share(spec: DatasetSection) -> float:
+    return spec.eval_fraction if spec.eval_path is None and spec.eval_split is None else 0.0
+
+
+def _counted(spec: DatasetSection, root: Path) -> RowCount:
+    found = approximate_rows(spec, root)
+    if found is None:
+        raise ConfigError(
+            f"datasets.{spec.name}: how many rows it has cannot be told without reading all of it (compressed files, "
+            "or a JSON list). Set num_examples."
+        )
+    return found
 
 
 def _probe(trainer: SFTTrainer, rows: datasets.Dataset, tokens_per_batch: int) -> tuple[int, float]:
@@ -143,6 +179,8 @@ def _estimate(
     model: PreTrainedModel,
     examples: Sequence[int],
     tokens: Sequence[float],
+    token_error: float,
+    streamed: dict[str, RowCount],
     sampled: float,
     probed: int,
     seconds: float,
@@ -177,6 +215,8 @@ def _estimate(
         num_datasets=len(examples),
         num_examples=sum(examples),
         num_input_tokens=round(sum(tokens)),
+        token_error=token_error,
+        streamed=streamed,
         gradient_tokens=round(sampled) if needs_gradients else 0,
         tokens_per_second=probed / seconds,
         probe_tokens=probed,
@@ -201,8 +241,13 @@ def estimate_lines(estimate: Estimate, teraflops: float) -> list[str]:
     """
     e = estimate
     lines = [
-        f"{e.num_datasets} datasets, {e.num_examples:,} examples, about {e.num_input_tokens:,} tokens a pass (from up "
-        f"to {_NUM_ROWS} examples each).",
+        f"{e.num_datasets} datasets, {e.num_examples:,} examples, about {e.num_input_tokens:,} tokens a pass, ± "
+        f"{e.token_error:,.0f} (standard error, from up to {_NUM_ROWS} examples each).",
+        *(
+            f"Streamed: `{name}`, {'' if count.exact else 'about '}{count.number:,} rows by {count.source}. Set "
+            f"datasets.{name}.num_examples to what is to be trained on."
+            for name, count in e.streamed.items()
+        ),
         f"Model: {e.num_parameters:,} parameters, {e.num_trained:,} of them trained.",
     ]
     if e.gradient_tokens:

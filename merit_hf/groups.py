@@ -80,7 +80,7 @@ def _split(
         )
     if points is None:
         assert matrix is not None
-        points = partition.gram_points(matrix)
+        points = partition.gram_points(matrix, max(partition.GRAM_AXES, num_groups))
     try:
         return partition.split_by_kmeans(points, num_groups, seed)
     except ValueError as error:

@@ -28,7 +28,8 @@ class MemoryEstimate:
     """Bytes beside the weights, which are loaded already; of one process.
 
     Attributes:
-        gradients: of all trained parameters, or of the largest under `low_memory`.
+        gradients: of all trained parameters, or of the largest under `low_memory`; and once more of the largest, since
+            a gradient that is just made lies beside those that it is added to (tied weights have two).
         activations: what the backward pass needs of the largest micro-batch's forward pass.
         logits: of its loss tokens.
         available: what the device has left.
@@ -63,7 +64,7 @@ def estimate_memory(
         activation_width: bytes of a number in activations: 2 under autocast. Default: the weights'.
     """
     sizes = [parameter.numel() * parameter.element_size() for _, parameter in trained_parameters(model)]
-    gradients = (max(sizes) if settings.low_memory else sum(sizes)) // world_size
+    gradients = ((max(sizes) if settings.low_memory else sum(sizes)) + max(sizes)) // world_size
     config = model.config.get_text_config()
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden

@@ -13,6 +13,8 @@ from merit_hf.conflict import MANY_DATASETS, row_blocks
 # Vectors multiplied at once, and how many such blocks are tried, for the axes of a large matrix.
 _BLOCK_VECTORS = 32
 _MAX_BLOCKS = 24
+# Of many datasets' cosines, what k-means looks at.
+GRAM_AXES = 64
 
 
 def principal_axes(matrix: np.ndarray, num_axes: int, center: str = "column") -> tuple[np.ndarray, np.ndarray]:
@@ -305,8 +307,17 @@ def split_by_tag(tags: Sequence[str]) -> np.ndarray:
     return np.array([names.index(tag) for tag in tags], dtype=np.int64)
 
 
-def gram_points(matrix: np.ndarray) -> np.ndarray:
-    """Points [T, T] whose inner products are `matrix`: all that k-means sees of unit gradients with these cosines."""
+def gram_points(matrix: np.ndarray, num_axes: int = GRAM_AXES) -> np.ndarray:
+    """Points [T, T] whose inner products are `matrix`: all that k-means sees of unit gradients with these cosines.
+
+    Beyond [`MANY_DATASETS`] datasets [T, num_axes]: the leading eigenvectors alone (scikit-learn's randomised SVD).
+    What they leave out is close to noise that lies in all directions alike, which moves no centre.
+    """
+    if len(matrix) > MANY_DATASETS:
+        from sklearn.utils.extmath import randomized_svd
+
+        vectors, values, _ = randomized_svd(matrix, num_axes, n_iter=4, random_state=0)
+        return np.asarray(vectors * np.sqrt(values), dtype=np.float64)
     values, vectors = np.linalg.eigh(matrix)
     points: np.ndarray = vectors * np.sqrt(np.clip(values, 0, None))
     return points

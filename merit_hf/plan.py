@@ -9,10 +9,11 @@ local.json      where this machine finds local data; never published
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,12 @@ class PartitionPlan:
         """The datasets of a group, in the order of names."""
         self.group(number)
         return [dataset for dataset in self.datasets if dataset.group == number]
+
+    def with_data(self, datasets: Sequence[PlannedDataset], entries: Sequence[Mapping[str, Any]]) -> PartitionPlan:
+        """The same plan whose data lie elsewhere; a matrix that nobody has asked for is not made for it."""
+        moved = copy.copy(self)
+        moved.datasets, moved.config = list(datasets), {**self.config, "datasets": list(entries)}
+        return moved
 
     def group_sft(self, number: int) -> dict[str, Any]:
         """The identity fields of one group's training: of what counts the mixture's steps, it takes its share."""

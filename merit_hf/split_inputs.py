@@ -64,7 +64,10 @@ def given_affinity(config: MeritConfig, names: Sequence[str]) -> np.ndarray | No
     if config.plan.affinity is None:
         return None
     parts = {spec.name: spec.part for spec in config.datasets}
-    return read_affinity(config.root / config.plan.affinity, names, [parts[name] for name in names])
+    # Datasets that were left out, or cut, since the file was written have their rows in it.
+    every = sorted({whole_name(name, part) for name, part in parts.items()})
+    orders = (sorted(parts), every)
+    return read_affinity(config.root / config.plan.affinity, names, [parts[name] for name in names], orders)
 
 
 def text_points(

@@ -189,6 +189,9 @@ ROW_CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "datasets.chat": ({"prompt": "prompt", "completion": "completion"}, True),
     "datasets.eval_path": ({}, "other.jsonl"),
     "datasets.part": ({"name": "set#1"}, "1/2"),
+    "datasets.streaming": ({"text": "text", "num_examples": 8}, True),
+    "datasets.num_examples": ({"text": "text", "streaming": True, "num_examples": 6}, 7),
+    "datasets.shuffle_buffer": ({"text": "text", "streaming": True, "num_examples": 6}, 2),
 }
 
 

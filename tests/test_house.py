@@ -55,6 +55,7 @@ ROAD = [
     "adapters",
     "adapted",
     "sft",
+    "streams",
     "data",
     "affinity",
     "oversized",

@@ -12,9 +12,17 @@ from merit_hf import conflict, tables
 from merit_hf.cards import plan_dataset_card
 from merit_hf.conflict import conflict_matrix, cosine_statistics, cross_cosines, structure_p_value
 from merit_hf.figures import averaged, display_order
-from merit_hf.partition import explained_shares, leading_axes, principal_axes, split_by_conflict
+from merit_hf.partition import (
+    explained_shares,
+    gram_points,
+    leading_axes,
+    principal_axes,
+    split_by_conflict,
+    split_by_kmeans,
+)
 from merit_hf.plan import PartitionPlan
 from merit_hf.readouts import write_sketches
+from merit_hf.sharing.publish import _with_places
 
 COUNT = 1100
 
@@ -173,7 +181,9 @@ def test_a_loaded_plan_makes_its_matrix_only_when_asked(rows: np.ndarray, tmp_pa
     pairs = again.conflict_pairs()
     assert pairs is not None
     assert f"{pairs.most_extreme(1)[0][0][2]:.3f}" in card
-    assert callable(again.__dict__[tables.LazyMatrix.NAME]), "the card needs the pairs alone"
+    published = _with_places(again, again)
+    assert published.to_dict() == again.to_dict()
+    assert all(callable(p.__dict__[tables.LazyMatrix.NAME]) for p in (again, published)), "pairs alone are needed"
     assert np.array_equal(again.conflict_matrix, conflict_matrix(rows))
 
 
@@ -197,3 +207,13 @@ def test_members_of_a_large_group_stand_with_the_alike() -> None:
     order = display_order(points @ points.T, [0] * 2500)
     assert sorted(order.tolist()) == list(range(2500))
     assert (np.diff(kinds[order]) != 0).sum() == 3
+
+
+def test_kmeans_of_many_datasets_sees_the_same_clusters_in_few_axes() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, COUNT)
+    cosines = conflict_matrix(2 * rng.normal(size=(6, 96))[labels] + rng.normal(size=(COUNT, 96)))
+    points = gram_points(cosines)
+    assert points.shape == (COUNT, 64)
+    first_seen = {label: number for number, label in enumerate(dict.fromkeys(labels.tolist()))}
+    assert split_by_kmeans(points, 6, 0).tolist() == [first_seen[label] for label in labels.tolist()]

@@ -69,10 +69,10 @@ def test_what_an_estimate_counts(wide: Path) -> None:
     model = load_model(wide)
     sizes = [4 * parameter.numel() for parameter in model.parameters()]
     plain = estimate_memory(model, 1000, 100, GradientSettings())
-    assert plain.gradients == sum(sizes)
+    assert plain.gradients == sum(sizes) + max(sizes)
     assert plain.logits == 3 * 4 * 100 * model.config.vocab_size
-    assert estimate_memory(model, 1000, 100, GradientSettings(), world_size=4).gradients == sum(sizes) // 4
-    assert estimate_memory(model, 1000, 100, GradientSettings(low_memory=True)).gradients == max(sizes)
+    assert estimate_memory(model, 1000, 100, GradientSettings(), world_size=4).gradients == plain.gradients // 4
+    assert estimate_memory(model, 1000, 100, GradientSettings(low_memory=True)).gradients == 2 * max(sizes)
     checkpointed = estimate_memory(model, 1000, 100, GradientSettings(gradient_checkpointing=True))
     assert checkpointed.activations < plain.activations / 3
     assert estimate_memory(model, 2000, 100, GradientSettings()).activations == 2 * plain.activations

@@ -31,6 +31,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         content = yaml.safe_load(path.read_text())
         write_jsonl(world.alice.folder / "data/held.jsonl", [as_chat(row) for row in task_rows("copy", 6, seed=5)])
         content["datasets"][0] |= {"eval_path": "data/held.jsonl"}
+        # A sample of the file: what is published and trained on are the drawn rows.
+        content["datasets"][1] |= {"streaming": True, "num_examples": 20, "shuffle_buffer": 6}
         path.write_text(yaml.safe_dump(content))
         world.alice("plan", "local.yaml", "--output", "local").check()
         world.save("groups")

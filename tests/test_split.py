@@ -255,6 +255,15 @@ def test_an_affinity_file_takes_the_place_of_the_cosines(mixture: Path, tmp_path
         found.add(frozenset(smaller))
         assert plan.config["plan"]["affinity"] == "file"
     assert len(found) == 2, "another file, other groups"
+    # An .npy has the rows of CONFIG's datasets, whether or not one of them is cut.
+    matrix = [[1.0 if (a in first) == (b in first) else -1.0 for b in names] for a in names]
+    np.save(mixture.parent / "affinity.npy", matrix)
+    bare = [override.replace(".csv", ".npy") for override in overrides]
+    same = MeritPlanner(MeritConfig.from_yaml(mixture, bare), QUIET).plan(tmp_path / "bare")
+    assert groups_of(same) == groups_of(plan)
+    cut = MeritPlanner(MeritConfig.from_yaml(mixture, [*bare[:2], "plan.split_oversized=true"]), QUIET)
+    parts = [name for group in groups_of(cut.plan(tmp_path / "cut")) for name in group if "#" in name]
+    assert len(parts) >= 2
     assert "holds the plan of other inputs" in refusal(
         lambda: MeritPlanner(MeritConfig.from_yaml(mixture, overrides), QUIET).plan(tmp_path / "copy")
     )

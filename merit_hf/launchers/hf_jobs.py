@@ -26,6 +26,7 @@ from merit_hf.launchers.request import Request, accelerate_command
 from merit_hf.plan import PartitionPlan
 from merit_hf.sharing.publish import read_remote_manifest
 from merit_hf.text import one_line
+from merit_hf.train_section import PREFIX
 
 NAME = "hf-jobs"
 POLL_SECONDS = 10.0
@@ -145,8 +146,8 @@ def _plan_job(
     from merit_hf.training import group_repo
 
     repo_id = group_repo(request.plan, group, placement.get("hub_model_id"), namespace)
-    sft = {**_PUSHED, **placement, "hub_model_id": repo_id}
-    texts = [f"sft.{key}={value}" for key, value in sft.items()]
+    fields = {**_PUSHED, **placement, "hub_model_id": repo_id}
+    texts = [f"{key if key.startswith(PREFIX) else f'sft.{key}'}={value}" for key, value in fields.items()]
     trained = replace(request, placement=texts, num_processes=request.num_processes or _num_gpus(options))
     # The first words are this machine's Python and module.
     words = accelerate_command(trained, group, Path(f"group-{group}"))[3:]
@@ -287,7 +288,7 @@ def _check_options(options: HfJobsOptions) -> None:
 
 
 def _checked_placement(request: Request) -> dict[str, str]:
-    """{SFT field: text}, checked before a machine is paid for."""
+    """{SFT field, or `train.KEY`: text}, checked before a machine is paid for."""
     from merit_hf.training import check_placement, parse_placement
 
     if request.accelerate_config is not None:

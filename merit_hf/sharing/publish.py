@@ -6,7 +6,6 @@ Cards are made and checked before anything is uploaded, a push is one commit, an
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import tempfile
 from collections.abc import Collection, Mapping
@@ -217,13 +216,9 @@ def _with_places(plan: PartitionPlan, published: PartitionPlan) -> PartitionPlan
     there = {dataset.name: dataset for dataset in published.datasets}
     entries = {entry["name"]: entry for entry in published.config["datasets"]}
     lacking = {d.name for d in plan.datasets if d.repo_id is None and there[d.name].repo_id is not None}
-    return dataclasses.replace(
-        plan,
-        datasets=[there[d.name] if d.name in lacking else d for d in plan.datasets],
-        config={
-            **plan.config,
-            "datasets": [entries[e["name"]] if e["name"] in lacking else e for e in plan.config["datasets"]],
-        },
+    return plan.with_data(
+        [there[d.name] if d.name in lacking else d for d in plan.datasets],
+        [entries[e["name"]] if e["name"] in lacking else e for e in plan.config["datasets"]],
     )
 
 

@@ -52,13 +52,13 @@ def publish_data(
                 "path": name, "revision": revision, "config": None, "split": TRAIN_NAME, "chat": False,
                 "eval_path": None, "eval_split": None if loaded.eval is None else HELD_OUT_NAME, "eval_fraction": 0.0,
                 "part": None, "prompt": None, "completion": None, "messages": None, "text": None,
-                "images": IMAGES if loaded.images else None,
+                "images": IMAGES if loaded.images else None, "streaming": False, "num_examples": None,
+                "shuffle_buffer": None,
             }  # fmt: skip
             stage.advance()
-    return dataclasses.replace(
-        plan,
-        datasets=[placed.get(dataset.name, dataset) for dataset in plan.datasets],
-        config={**plan.config, "datasets": [entries[entry["name"]] for entry in plan.config["datasets"]]},
+    return plan.with_data(
+        [placed.get(dataset.name, dataset) for dataset in plan.datasets],
+        [entries[entry["name"]] for entry in plan.config["datasets"]],
     )
 
 
