@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from merit_hf.choices import part_of, whole_name
+from merit_hf.choices import check_selection, part_of, whole_name
 from merit_hf.config import REASONING_GYM, ConfigError, DatasetSection
+from merit_hf.fields import nearest
 from merit_hf.hub import HTTPError, HubUnavailableError, arrived_whole, is_unavailable, pin_revision
 from merit_hf.images import IMAGES, image_column, image_digests, undecoded, with_images
 
@@ -76,11 +77,18 @@ def load_rows(
     Raises:
         ConfigError: no such file or repo, a column that is not there, a format TRL does not know.
     """
+    # A plan from elsewhere has entries too.
+    check_selection(spec.name, spec.data_files, spec.where, "CONFIG")
     local = is_local(spec.path, root)
+    if local and spec.data_files is not None:
+        raise ConfigError(
+            f"datasets.{spec.name}.data_files are files of a Hub repo, and path={spec.path!r} is a file here. Leave "
+            "data_files out."
+        )
     revision = None if local else pin_revision(spec.path, spec.revision, repo_type="dataset", where=spec.name)
 
     def read(path: str, split: str, commit: str | None) -> tuple[datasets.Dataset, str | None]:
-        rows = _read(spec, path, split, root, commit)
+        rows = _matching(_read(spec, path, split, root, commit), spec)
         images = image_column(rows.column_names, spec.images, takes_images, f"datasets.{spec.name}") if rows else None
         rows = _columns(rows, spec, text_field, images)
         if images is None:
@@ -215,9 +223,13 @@ def format_digest(digest: int) -> str:
 
 
 def _read_from_hub(spec: DatasetSection, path: str, split: str, revision: str | None, where: str) -> datasets.Dataset:
+    data_files = spec.data_files if path == spec.path else None
+
     def load(again: bool) -> datasets.Dataset:
         mode = datasets.DownloadMode.FORCE_REDOWNLOAD if again else None
-        return datasets.load_dataset(path, spec.config, split=split, revision=revision, download_mode=mode)
+        return datasets.load_dataset(
+            path, spec.config, data_files=data_files, split=split, revision=revision, download_mode=mode
+        )
 
     try:
         return arrived_whole(path, revision, "dataset", load) if revision is not None else load(False)
@@ -276,6 +288,37 @@ def _has_no_rows(file: Path) -> bool:
 def _csv_header(file: Path) -> list[str]:
     with open(file, encoding="utf-8-sig", newline="") as lines:
         return next(csv.reader(lines))
+
+
+def _matching(rows: datasets.Dataset, spec: DatasetSection) -> datasets.Dataset:
+    """The rows that `where` asks for."""
+    if spec.where is None or not rows.column_names:
+        return rows
+    found = rows.column_names
+    for column in spec.where:
+        if column not in found:
+            raise ConfigError(
+                f"datasets.{spec.name}.where.{column}: no such column. Found: {', '.join(found)}. "
+                f"{nearest(column, found)}"
+            )
+    wanted = {column: value if isinstance(value, list) else [value] for column, value in spec.where.items()}
+    # No row, or those of one value: a mapping of row numbers, the table is not copied.
+    chosen = rows.filter(
+        lambda *values: all(value in wanted[column] for column, value in zip(wanted, values, strict=True)),
+        input_columns=list(wanted),
+    )
+    if len(chosen) or not len(rows):
+        return chosen
+    for column, values in wanted.items():
+        held = rows[column][:]
+        if not any(value in values for value in held):
+            shown = sorted({repr(value) for value in held})
+            near = difflib.get_close_matches(repr(values[0]), shown[:10_000], n=1, cutoff=0.0)
+            raise ConfigError(
+                f"datasets.{spec.name}.where.{column}={spec.where[column]!r}: no row holds that. Of the {len(shown)} "
+                f"values found, {near[0]} is the nearest."
+            )
+    raise ConfigError(f"datasets.{spec.name}.where={spec.where}: no row holds all of that.")
 
 
 def _columns(rows: datasets.Dataset, spec: DatasetSection, text_field: str, images: str | None) -> datasets.Dataset:
