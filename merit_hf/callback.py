@@ -28,6 +28,7 @@ from merit_hf.manifest import group_manifest, hash_files, write_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.resolved import first_difference
 from merit_hf.sft import chat_template_sha256, identity_fields
+from merit_hf.sharded import wrapper_name
 from merit_hf.vision import collated_tokens, is_under, names_of_trained
 
 _BATCH_CURES = {
@@ -149,7 +150,10 @@ class MeritCallback(TrainerCallback, ExportableState):
         return trainer
 
     def _manifest(self, trainer: Trainer) -> dict[str, Any]:
-        facts: dict[str, Any] = {"num_processes": trainer.args.world_size, "final_loss": self.final_loss}
+        facts: dict[str, Any] = {
+            "num_processes": trainer.args.world_size, "wrapper": wrapper_name(trainer.model_wrapped),
+            "final_loss": self.final_loss,
+        }  # fmt: skip
         if self.plan.peft:
             facts["peft"] = model_settings(trainer.accelerator.unwrap_model(trainer.model))
         status = "complete" if self._finished else "training"

@@ -302,11 +302,16 @@ def _matching(rows: datasets.Dataset, spec: DatasetSection) -> datasets.Dataset:
                 f"{nearest(column, found)}"
             )
     wanted = {column: value if isinstance(value, list) else [value] for column, value in spec.where.items()}
-    # No row, or those of one value: a mapping of row numbers, the table is not copied.
-    chosen = rows.filter(
-        lambda *values: all(value in wanted[column] for column, value in zip(wanted, values, strict=True)),
-        input_columns=list(wanted),
-    )
+
+    def matches(*columns: list[Any]) -> list[bool]:
+        accepted = list(wanted.values())
+        return [
+            all(value in values for value, values in zip(row, accepted, strict=True))
+            for row in zip(*columns, strict=True)
+        ]
+
+    # A mapping of row numbers: the table is not copied.
+    chosen = rows.filter(matches, batched=True, input_columns=list(wanted))
     if len(chosen) or not len(rows):
         return chosen
     for column, values in wanted.items():
