@@ -4,6 +4,7 @@
 # make quality   lint, format, types, import directions
 # make bench     the benchmarks, into benchmarks/results (make bench-merge: the merge against the disk and mergekit;
 #                make bench-planner: gradients, sketches and memory; make bench-scale: ten thousand datasets)
+# make recipes   small copies of all recipes, into recipes/README.md, and what each recipe would cost
 # make screenshots  docs/tour.md and its pictures, from a finished quickstart
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/quickstart
 
-.PHONY: demo test test-slow test-all browser bench bench-merge bench-planner bench-scale screenshots quality format clean
+.PHONY: demo test test-slow test-all browser bench bench-merge bench-planner bench-scale recipes screenshots quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt
@@ -59,6 +60,9 @@ bench-planner: $(VENV)/demo.done $(VENV)/dev.done
 
 bench-scale: $(VENV)/dev.done
 	$(BIN)/python benchmarks/planner_scale.py --output benchmarks/results/planner_scale.md
+
+recipes: $(VENV)/dev.done
+	$(BIN)/python recipes/check.py
 
 # The tour and the pictures of the report, from a finished quickstart.
 screenshots: $(VENV)/dev.done

@@ -225,11 +225,11 @@ class Kitchen:
         for name, copy in COPIES.items():
             base = read_recipe(name)["base"]["model_name_or_path"]
             if "/" in base and base not in names and not copy.freeze:
-                names[base] = ("model", base.replace("/", "--"))
+                names[base] = ("model", base.replace("/", "_"))
                 copy.base(self.folder / "hub" / "model" / names[base][1])
         entries = [entry for name in COPIES for entry in scaled(name)["datasets"] if not is_file(entry)]
         for repo in sorted({entry["path"] for entry in entries}):
-            names[repo] = ("dataset", repo.replace("/", "--"))
+            names[repo] = ("dataset", repo.replace("/", "_"))
             write_repo(self.folder / "hub" / "dataset" / names[repo][1], [e for e in entries if e["path"] == repo])
         self.user("-c", UPLOAD, self.folder / "hub").check()
         repos = self.hub.hub.repos
