@@ -36,6 +36,7 @@ from merit_hf.sft import (
     load_model,
     load_tokenizer,
     open_trainer,
+    restore_renamed,
 )
 from merit_hf.sharing.community import may_write
 from merit_hf.sharing.publish import push_group, read_remote_manifest
@@ -95,6 +96,7 @@ def train_group(
     checkpoint = last_checkpoint(part)
     if checkpoint is not None:
         progress.note(f"group {group}: going on from {checkpoint.name}")
+        restore_renamed(model, checkpoint, args)
     with progress.stage(f"Group {group}", total=planned.num_steps, unit="steps") as stage:
         callbacks = [callback, _Report(stage, planned.num_steps)]
         with open_trainer(model, tokenizer, args, rows, callbacks=callbacks) as trainer:
