@@ -29,7 +29,7 @@ from merit_hf.plan import PartitionPlan
 from merit_hf.resolved import first_difference
 from merit_hf.sft import chat_template_sha256, identity_fields
 from merit_hf.sharded import wrapper_name
-from merit_hf.vision import collated_tokens, is_under, names_of_trained
+from merit_hf.vision import collated_tokens, is_still_the_base, is_under, names_of_trained
 
 _BATCH_CURES = {
     "effective_batch_size": "Make per_device_train_batch_size × gradient_accumulation_steps × processes that product",
@@ -89,6 +89,8 @@ class MeritCallback(TrainerCallback, ExportableState):
                 f"group {self.group}: this model has been trained already, so it is not the base any more. Load the "
                 "base anew for every group."
             )
+        if before is not None:
+            self._check_restored(model, state)
         _trained_models.add(weights)
         self._finished = False
         self.final_loss = next((float(log["loss"]) for log in reversed(state.log_history) if "loss" in log), None)
@@ -247,6 +249,17 @@ class MeritCallback(TrainerCallback, ExportableState):
             raise MeritError(
                 f"group {self.group}: {others[0]} would not be trained, and the plan trains it. Leave it trainable, "
                 "or plan again with base.freeze."
+            )
+
+    def _check_restored(self, model: PreTrainedModel, state: TrainerState) -> None:
+        # The first step of a warm-up may move nothing. A sharded model is restored by names of its own.
+        if state.global_step < 2 or self.plan.peft or wrapper_name(model) is not None:
+            return
+        if is_still_the_base(model, self.plan.base_folder()):
+            raise MeritError(
+                f"group {self.group}: resumed at step {state.global_step}, but with the weights of the base: "
+                "transformers' Trainer does not restore tensors that it renames while loading. Resume with `merit "
+                "train`, or load the checkpoint's weights into the model yourself."
             )
 
     def _check_data(self, trainer: Trainer) -> None:

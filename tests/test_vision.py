@@ -34,7 +34,7 @@ from merit_hf.mixture import PreparedDataset, prepare_dataset
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
-from merit_hf.sft import build_args, collate, load_model, load_tokenizer, open_loss
+from merit_hf.sft import build_args, collate, load_model, load_tokenizer, open_loss, restore_renamed
 from merit_hf.sketch import make_sketch
 from merit_hf.training import train_group
 from merit_hf.verification.verify import verify_checkpoint
@@ -355,6 +355,25 @@ def test_anybodys_trainer_takes_the_images_of_the_plan_and_no_others(
     model.lm_head.weight.requires_grad_(False)
     with pytest.raises(MeritError, match=r"lm_head\.weight would not be trained, and the plan trains it"):
         own_trainer(plan, group, tmp_path / "other", rows, model).train()
+
+
+def test_a_resumed_training_does_not_begin_at_the_base_again(
+    vl_plan: Callable[..., PartitionPlan], tmp_path: Path
+) -> None:
+    """transformers' Trainer restores tensors by their names in the model, and these are saved under others."""
+    plan = vl_plan("sft.save_strategy=steps", "sft.save_steps=2")
+    base, rows = plan.base_folder(), raw_rows(plan, tmp_path, 0)
+    first = own_trainer(plan, 0, tmp_path / "own", rows, load_model(base))
+    first.train()
+    checkpoint = tmp_path / "own" / "checkpoint-2"
+    with pytest.raises(MeritError, match="resumed at step 2, but with the weights of the base"):
+        own_trainer(plan, 0, tmp_path / "lost", rows, load_model(base)).train(resume_from_checkpoint=str(checkpoint))
+    model = load_model(base)
+    restore_renamed(model, checkpoint, first.args)
+    again = own_trainer(plan, 0, tmp_path / "again", rows, model)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, first.model.state_dict()[name]), name
 
 
 def test_frozen_modules_have_no_part_in_the_plan_and_stay_as_they_are(
