@@ -290,6 +290,19 @@ def _csv_header(file: Path) -> list[str]:
         return next(csv.reader(lines))
 
 
+def _matcher(where: dict[str, Any]) -> Callable[..., list[bool]]:
+    """Of a batch of the columns in `where`: which of its rows are asked for."""
+    accepted = [value if isinstance(value, list) else [value] for value in where.values()]
+
+    def matches(*columns: list[Any]) -> list[bool]:
+        return [
+            all(value in values for value, values in zip(row, accepted, strict=True))
+            for row in zip(*columns, strict=True)
+        ]
+
+    return matches
+
+
 def _matching(rows: datasets.Dataset, spec: DatasetSection) -> datasets.Dataset:
     """The rows that `where` asks for."""
     if spec.where is None or not rows.column_names:
@@ -301,26 +314,17 @@ def _matching(rows: datasets.Dataset, spec: DatasetSection) -> datasets.Dataset:
                 f"datasets.{spec.name}.where.{column}: no such column. Found: {', '.join(found)}. "
                 f"{nearest(column, found)}"
             )
-    wanted = {column: value if isinstance(value, list) else [value] for column, value in spec.where.items()}
-
-    def matches(*columns: list[Any]) -> list[bool]:
-        accepted = list(wanted.values())
-        return [
-            all(value in values for value, values in zip(row, accepted, strict=True))
-            for row in zip(*columns, strict=True)
-        ]
-
     # A mapping of row numbers: the table is not copied.
-    chosen = rows.filter(matches, batched=True, input_columns=list(wanted))
+    chosen = rows.filter(_matcher(spec.where), batched=True, input_columns=list(spec.where))
     if len(chosen) or not len(rows):
         return chosen
-    for column, values in wanted.items():
-        held = rows[column][:]
+    for column, asked in spec.where.items():
+        values, held = asked if isinstance(asked, list) else [asked], rows[column][:]
         if not any(value in values for value in held):
             shown = sorted({repr(value) for value in held})
             near = difflib.get_close_matches(repr(values[0]), shown[:10_000], n=1, cutoff=0.0)
             raise ConfigError(
-                f"datasets.{spec.name}.where.{column}={spec.where[column]!r}: no row holds that. Of the {len(shown)} "
+                f"datasets.{spec.name}.where.{column}={asked!r}: no row holds that. Of the {len(shown)} "
                 f"values found, {near[0]} is the nearest."
             )
     raise ConfigError(f"datasets.{spec.name}.where={spec.where}: no row holds all of that.")
