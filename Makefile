@@ -7,6 +7,7 @@
 #                quickstart's numbers), bench-merge (the merge against the disk and mergekit), bench-scale (ten thousand
 #                datasets), bench-planner (gradients, sketches, memory, processes),
 #                bench-training (the cost beside plain TRL)
+# make recipes   small copies of all recipes, into recipes/README.md, and what each recipe would cost
 # make screenshots  docs/tour.md and its pictures, from a finished quickstart
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ RUN ?= runs/quickstart
 # What planner_scale.py measures is part of the planner's page.
 BENCHMARKS := quickstart merge training scale planner
 
-.PHONY: demo test test-slow test-all browser slurm bench $(BENCHMARKS:%=bench-%) screenshots quality format clean
+.PHONY: demo test test-slow test-all browser slurm bench $(BENCHMARKS:%=bench-%) recipes screenshots quality format clean
 
 # torch first and by its exact version: a range would let pip take the newest release with all of CUDA.
 $(VENV)/base.done: pyproject.toml constraints.txt
@@ -80,6 +81,9 @@ bench-scale: $(VENV)/dev.done
 
 bench-training: $(VENV)/demo.done
 	$(BIN)/python benchmarks/training_overhead.py $(RUN) --output benchmarks/results/training.md
+
+recipes: $(VENV)/dev.done
+	$(BIN)/python recipes/check.py
 
 # The tour and the pictures of the report, from a finished quickstart.
 screenshots: $(VENV)/dev.done

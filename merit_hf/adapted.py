@@ -6,6 +6,7 @@ b, a = Adapter("runs/groups/0").factors("model.layers.0.self_attn.q_proj")
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,12 +145,26 @@ def weight_of(module: str, base: Weights, folder: Path) -> str:
     if name in base.tensors:
         return name
     near = [other for other in base.tensors if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    if not near and (saved := _saved_names(base.folder).get(name)) in base.tensors:
+        return saved
     if len(near) != 1:
         raise MeritError(
             f"{folder}: adapts `{module}`, and {len(near)} tensors of the base {base.folder} could be its weight. "
             "Give the base that it was trained on."
         )
     return near[0]
+
+
+@functools.cache
+def _saved_names(folder: Path) -> dict[str, str]:
+    """{name in the model: name in the base's files}, which differ where transformers renames while loading."""
+    from transformers import AutoConfig
+
+    from merit_hf.vision import auto_class, saved_names
+
+    with torch.device("meta"):
+        model = auto_class(folder).from_config(AutoConfig.from_pretrained(str(folder)))
+    return saved_names(model)
 
 
 def factor_names(module: str) -> tuple[str, str]:

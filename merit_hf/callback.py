@@ -30,7 +30,8 @@ from merit_hf.manifest import group_manifest, hash_files, read_manifest, write_m
 from merit_hf.plan import PartitionPlan
 from merit_hf.resolved import first_difference
 from merit_hf.sft import chat_template_sha256, identity_fields
-from merit_hf.vision import collated_tokens, is_under, names_of_trained
+from merit_hf.sharded import wrapper_name
+from merit_hf.vision import collated_tokens, is_still_the_base, is_under, names_of_trained
 
 _BATCH_CURES = {
     "effective_batch_size": "Make per_device_train_batch_size × gradient_accumulation_steps × processes that product",
@@ -91,6 +92,8 @@ class MeritCallback(TrainerCallback, ExportableState):
                 f"group {self.group}: this model has been trained already, so it is not the base any more. Load the "
                 "base anew for every group."
             )
+        if before is not None:
+            self._check_restored(model, state)
         _trained_models.add(weights)
         self._status = "training"
         self.final_loss = next((float(log["loss"]) for log in reversed(state.log_history) if "loss" in log), None)
@@ -163,7 +166,10 @@ class MeritCallback(TrainerCallback, ExportableState):
         return trainer
 
     def _manifest(self, trainer: Trainer) -> dict[str, Any]:
-        facts: dict[str, Any] = {"num_processes": trainer.args.world_size, "final_loss": self.final_loss}
+        facts: dict[str, Any] = {
+            "num_processes": trainer.args.world_size, "wrapper": wrapper_name(trainer.model_wrapped),
+            "final_loss": self.final_loss,
+        }  # fmt: skip
         if self.plan.peft:
             facts["peft"] = model_settings(trainer.accelerator.unwrap_model(trainer.model))
         held_out = held_out_losses(trainer.state.log_history, self.plan.names)
@@ -259,6 +265,17 @@ class MeritCallback(TrainerCallback, ExportableState):
             raise MeritError(
                 f"group {self.group}: {others[0]} would not be trained, and the plan trains it. Leave it trainable, "
                 "or plan again with base.freeze."
+            )
+
+    def _check_restored(self, model: PreTrainedModel, state: TrainerState) -> None:
+        # The first step of a warm-up may move nothing. A sharded model is restored by names of its own.
+        if state.global_step < 2 or self.plan.peft or wrapper_name(model) is not None:
+            return
+        if is_still_the_base(model, self.plan.base_folder()):
+            raise MeritError(
+                f"group {self.group}: resumed at step {state.global_step}, but with the weights of the base: "
+                "transformers' Trainer does not restore tensors that it renames while loading. Resume with `merit "
+                "train`, or load the checkpoint's weights into the model yourself."
             )
 
     def _check_data(self, trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from merit_hf.errors import ConfigError
@@ -164,3 +165,33 @@ def check_stream(dataset: Any, source: str) -> None:
             f"{source}: datasets.{dataset.name}.{given[0]} is for streaming: true. Add that, or leave it out; "
             "`split: train[:1000]` takes the first rows of a dataset on the Hub that is read whole."
         )
+
+
+def check_selection(name: str, data_files: Any, where: Any, source: str) -> None:
+    """`data_files` and `where` of a dataset entry.
+
+    Raises:
+        ConfigError: `data_files` is no file of the repo, nor a list or a mapping of such; `where` is no mapping of
+            columns to values.
+    """
+    for files in data_files.values() if isinstance(data_files, dict) else [data_files]:
+        for file in files if isinstance(files, list) else [files]:
+            if data_files is not None and not (isinstance(file, str) and _below_a_folder(file)):
+                raise ConfigError(
+                    f"{source}: datasets.{name}.data_files={file!r}: expected a file of the Hub repo, such as "
+                    "'train/rows.jsonl', a list of them, or a mapping of splits to them."
+                )
+    if where is not None and not (isinstance(where, dict) and where):
+        raise ConfigError(f"{source}: datasets.{name}.where={where!r}: expected {{column: value, …}}.")
+    for column, value in (where or {}).items():
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(one, str | int | float) for one in values):
+            raise ConfigError(
+                f"{source}: datasets.{name}.where.{column}={value!r}: expected a text, a number or a truth value that "
+                "the column holds, or a list of such."
+            )
+
+
+def _below_a_folder(file: str) -> bool:
+    """Whether a path or pattern leads nowhere else: a plan from elsewhere names no file of this machine."""
+    return bool(file) and file[0] not in "/~" and not {":", "\\"} & set(file) and ".." not in PurePosixPath(file).parts

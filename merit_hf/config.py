@@ -22,6 +22,7 @@ from merit_hf.choices import (
     check_merge_method,
     check_part,
     check_rounds,
+    check_selection,
     check_stream,
 )
 from merit_hf.errors import ConfigError as ConfigError
@@ -62,6 +63,10 @@ class DatasetSection(_Section):
         name (`str`): unique in the mixture; appears in every table.
         path (`str`): a Hub id, or a .json/.jsonl/.csv/.parquet file relative to the CONFIG file.
         config, split, revision (`str`, *optional*): as in `datasets.load_dataset`; split defaults to `"train"`.
+        data_files (`str`, `list` or `dict`, *optional*): files of the Hub repo to read, as in `datasets.load_dataset`:
+            one, several, or those of each split.
+        where (`dict`, *optional*): only the rows in which each of these columns holds the value, or one of the list of
+            values; of held-out rows too.
         prompt, completion, messages, text (`str`, *optional*): the column that holds it, where its name differs.
         images (`str`, *optional*): the column that holds a row's image or images. Default: `images` or `image`, where
             there is one and the base reads images.
@@ -88,6 +93,8 @@ class DatasetSection(_Section):
     config: str | None = None
     split: str = "train"
     revision: str | None = None
+    data_files: Any = None
+    where: Any = None
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
@@ -319,6 +326,7 @@ class MeritConfig(_Section):
             )
         check_choices(self.plan, len(names), source)
         for dataset in self.datasets:
+            check_selection(dataset.name, dataset.data_files, dataset.where, source)
             if dataset.part is not None:
                 check_part(dataset.name, dataset.part, source)
             check_stream(dataset, source)

@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from merit_hf.choices import part_of, whole_name
+from merit_hf.choices import check_selection, part_of, whole_name
 from merit_hf.config import REASONING_GYM, ConfigError, DatasetSection
+from merit_hf.fields import nearest
 from merit_hf.hub import HTTPError, HubUnavailableError, arrived_whole, hub_errors, is_unavailable, pin_revision
 from merit_hf.images import IMAGES, image_column, image_digests, undecoded, with_images
 from merit_hf.streams import DEFAULT_BUFFER, RowCount, count_rows, sample_stream
@@ -82,6 +83,8 @@ def load_rows(
         ConfigError: no such file or repo, a column that is not there, a format TRL does not know; or a stream without
             `num_examples`.
     """
+    # A plan from elsewhere has entries too.
+    check_selection(spec.name, spec.data_files, spec.where, "CONFIG")
     if spec.streaming and spec.num_examples is None:
         raise ConfigError(
             f"datasets.{spec.name}.streaming=true without num_examples: nothing less than all of its rows says how "
@@ -89,10 +92,15 @@ def load_rows(
             "`merit plan --dry-run` says about how many there are."
         )
     local = is_local(spec.path, root)
+    if local and spec.data_files is not None:
+        raise ConfigError(
+            f"datasets.{spec.name}.data_files are files of a Hub repo, and path={spec.path!r} is a file here. Leave "
+            "data_files out."
+        )
     revision = None if local else pin_revision(spec.path, spec.revision, repo_type="dataset", where=spec.name)
 
     def read(path: str, split: str, commit: str | None) -> tuple[datasets.Dataset, str | None]:
-        rows = _read(spec, path, split, root, commit)
+        rows = _matching(_read(spec, path, split, root, commit), spec)
         images = image_column(rows.column_names, spec.images, takes_images, f"datasets.{spec.name}") if rows else None
         rows = _columns(rows, spec, text_field, images)
         if images is None:
@@ -133,13 +141,19 @@ def load_rows(
 
 
 def approximate_rows(spec: DatasetSection, root: Path) -> RowCount | None:
-    """About how many rows a dataset has before any is held out, without reading it whole; see [`count_rows`]."""
+    """About how many rows a dataset has before any is held out, without reading it whole; see [`count_rows`].
+
+    None where `where` chooses among them, too.
+    """
+    if spec.where is not None:
+        return None
     if is_local(spec.path, root):
         return count_rows([str((root / spec.path).expanduser())])
     commit = pin_revision(spec.path, spec.revision, repo_type="dataset", where=spec.name)
     with hub_errors(f"counting the rows of `{spec.path}`"):
-        builder = datasets.load_dataset_builder(spec.path, spec.config, revision=commit)
-        stated = (builder.info.splits or {}).get(spec.split)
+        builder = datasets.load_dataset_builder(spec.path, spec.config, data_files=spec.data_files, revision=commit)
+        # What a card states is of all files of the repo.
+        stated = None if spec.data_files else (builder.info.splits or {}).get(spec.split)
         files = (builder.config.data_files or {}).get(spec.split, [])
         return count_rows([str(file) for file in files], stated.num_examples if stated else None)
 
@@ -259,12 +273,18 @@ def format_digest(digest: int) -> str:
 
 
 def _read_from_hub(spec: DatasetSection, path: str, split: str, revision: str | None, where: str) -> datasets.Dataset:
+    data_files = spec.data_files if path == spec.path else None
+
     def load(again: bool) -> datasets.Dataset:
         if spec.streaming:
-            stream = datasets.load_dataset(path, spec.config, split=split, revision=revision, streaming=True)
-            return _sample(stream, spec, [path, spec.config, split, revision])
+            stream = datasets.load_dataset(
+                path, spec.config, data_files=data_files, split=split, revision=revision, streaming=True
+            )
+            return _sample(stream, spec, [path, spec.config, data_files, split, revision])
         mode = datasets.DownloadMode.FORCE_REDOWNLOAD if again else None
-        return datasets.load_dataset(path, spec.config, split=split, revision=revision, download_mode=mode)
+        return datasets.load_dataset(
+            path, spec.config, data_files=data_files, split=split, revision=revision, download_mode=mode
+        )
 
     try:
         whole = revision is not None and not spec.streaming
@@ -278,6 +298,11 @@ def _read_from_hub(spec: DatasetSection, path: str, split: str, revision: str | 
 
 def _sample(stream: datasets.IterableDataset, spec: DatasetSection, identity: list[object]) -> datasets.Dataset:
     assert spec.num_examples is not None
+    if spec.where is not None:
+        first = next(iter(stream), {})
+        _check_columns(spec, list(first))
+        stream = stream.filter(_matcher(spec.where), batched=True, input_columns=list(spec.where))
+        identity = [*identity, spec.where]
     seed = seed_of("stream", whole_name(spec.name, spec.part))
     return sample_stream(stream, spec.num_examples, spec.shuffle_buffer or DEFAULT_BUFFER, seed, identity)
 
@@ -338,6 +363,49 @@ def _has_no_rows(file: Path) -> bool:
 def _csv_header(file: Path) -> list[str]:
     with open(file, encoding="utf-8-sig", newline="") as lines:
         return next(csv.reader(lines))
+
+
+def _matcher(where: dict[str, Any]) -> Callable[..., list[bool]]:
+    """Of a batch of the columns in `where`: which of its rows are asked for."""
+    accepted = [value if isinstance(value, list) else [value] for value in where.values()]
+
+    def matches(*columns: list[Any]) -> list[bool]:
+        return [
+            all(value in values for value, values in zip(row, accepted, strict=True))
+            for row in zip(*columns, strict=True)
+        ]
+
+    return matches
+
+
+def _check_columns(spec: DatasetSection, found: list[str]) -> None:
+    for column in spec.where or {}:
+        if found and column not in found:
+            raise ConfigError(
+                f"datasets.{spec.name}.where.{column}: no such column. Found: {', '.join(found)}. "
+                f"{nearest(column, found)}"
+            )
+
+
+def _matching(rows: datasets.Dataset, spec: DatasetSection) -> datasets.Dataset:
+    """The rows that `where` asks for."""
+    if spec.where is None or not rows.column_names:
+        return rows
+    _check_columns(spec, rows.column_names)
+    # A mapping of row numbers: the table is not copied.
+    chosen = rows.filter(_matcher(spec.where), batched=True, input_columns=list(spec.where))
+    if len(chosen) or not len(rows):
+        return chosen
+    for column, asked in spec.where.items():
+        values, held = asked if isinstance(asked, list) else [asked], rows[column][:]
+        if not any(value in values for value in held):
+            shown = sorted({repr(value) for value in held})
+            near = difflib.get_close_matches(repr(values[0]), shown[:10_000], n=1, cutoff=0.0)
+            raise ConfigError(
+                f"datasets.{spec.name}.where.{column}={asked!r}: no row holds that. Of the {len(shown)} "
+                f"values found, {near[0]} is the nearest."
+            )
+    raise ConfigError(f"datasets.{spec.name}.where={spec.where}: no row holds all of that.")
 
 
 def _columns(rows: datasets.Dataset, spec: DatasetSection, text_field: str, images: str | None) -> datasets.Dataset:

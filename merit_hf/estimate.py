@@ -140,7 +140,7 @@ def _counted(spec: DatasetSection, root: Path) -> RowCount:
     if found is None:
         raise ConfigError(
             f"datasets.{spec.name}: how many rows it has cannot be told without reading all of it (compressed files, "
-            "or a JSON list). Set num_examples."
+            "a JSON list, or rows chosen by `where`). Set num_examples."
         )
     return found
 

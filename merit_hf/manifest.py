@@ -38,7 +38,7 @@ def group_manifest(
         ledger: num_input_tokens, num_loss_tokens, num_padding_tokens that were processed.
         sft: the identity fields that were trained with.
         status: `training` (an intermediate save), `stopped` (ended before its planned steps) or `complete`.
-        facts: further entries, such as `final_loss` and `num_processes`.
+        facts: further entries, such as `final_loss`, `num_processes` and `wrapper` (None, DistributedDataParallel, …).
     """
     planned = plan.group(group)
     return {

@@ -32,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from merit_hf import vision
 from merit_hf.adapters import add_adapter, is_adapter, load_adapter
+from merit_hf.checkpoint import INDEX_NAME, SINGLE_NAME, read_tensor_index
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import repo_of_snapshot
 from merit_hf.identity import BATCH_FIELDS as BATCH_FIELDS
@@ -198,6 +199,20 @@ def load_checkpoint(folder: str | Path, base: str | Path, args: SFTConfig) -> Pr
     kwargs = {key: value for key, value in _init_kwargs(args).items() if key != "quantization_config"}
     with _replaced(args, model_init_kwargs=kwargs):
         return load_adapter(load_model(base, args), folder) if is_adapter(folder) else load_model(folder, args)
+
+
+def restore_renamed(model: PreTrainedModel, checkpoint: Path, args: SFTConfig) -> None:
+    """Bring `model` to the weights in a Trainer's checkpoint, where the Trainer would not.
+
+    It matches tensors by their names in the model and passes over all others without an error: of an architecture that
+    transformers renames while loading, a resumed training would go on from the base.
+    """
+    whole = (checkpoint / SINGLE_NAME).is_file() or (checkpoint / INDEX_NAME).is_file()
+    # Code from elsewhere is not renamed.
+    if not whole or is_adapter(checkpoint) or _init_kwargs(args).get("trust_remote_code"):
+        return
+    if not read_tensor_index(checkpoint).keys() <= model.state_dict().keys():
+        model.load_state_dict(load_model(checkpoint, args).state_dict())
 
 
 def check_trainable(args: SFTConfig, peft: Mapping[str, Any] | None) -> None:

@@ -24,6 +24,18 @@ def shard_model(model: torch.nn.Module) -> None:
         fully_shard(module)
 
 
+def wrapper_name(model: torch.nn.Module) -> str | None:
+    """What spreads a model's training over processes, by its class; None for a model by itself.
+
+    Args:
+        model: as the Trainer wrapped it. FSDP2 shards a model in place, and is called `fully_shard`.
+    """
+    if isinstance(model, FSDPModule):
+        return "fully_shard"
+    wraps = isinstance(getattr(model, "module", None), torch.nn.Module)
+    return type(model).__name__ if wraps else None
+
+
 def share_of(model: torch.nn.Module, batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool]]:
     """This process' batches, and whether each counts.
 

@@ -41,6 +41,7 @@ from merit_hf.sft import (
     load_tokenizer,
     open_trainer,
     refuse_fields,
+    restore_renamed,
 )
 from merit_hf.sharing.community import contribute, may_write
 from merit_hf.sharing.publish import push_group, read_remote_manifest
@@ -113,6 +114,7 @@ def train_group(
     stop = StopOnSigterm()
     if checkpoint is not None:
         progress.note(f"group {group}: going on from {checkpoint.name}")
+        restore_renamed(model, checkpoint, args)
     with progress.stage(f"Group {group}", total=planned.num_steps, unit="steps") as stage:
         # Those that stop come before the callback of ours, which counts where a save is due.
         callbacks = [stop, StopEarly(section, part), MeritCallback(plan, group), ShowSteps(stage)]

@@ -13,13 +13,14 @@ from typing import Any
 
 import datasets
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from trl import maybe_convert_to_chatml
 
-from merit_hf.checkpoint import read_model_config
+from merit_hf.checkpoint import read_model_config, read_tensor_index
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.fields import nearest
 from merit_hf.images import IMAGES, undecoded
@@ -115,6 +116,21 @@ def saved_names(model: Any) -> dict[str, str]:
     held = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
     saved = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(held)).items()}
     return {name: saved.get(id(tensor), name) for name, tensor in held.items()}
+
+
+def is_still_the_base(model: nn.Module, base: Path) -> bool:
+    """Whether every trained tensor that transformers renames while loading is, number by number, the base's."""
+    index, names = read_tensor_index(base), saved_names(model)
+    renamed = [
+        (names[name], tensor)
+        for name, tensor in model.named_parameters()
+        if tensor.requires_grad and names[name] != name and names[name] in index
+    ]
+    for name, tensor in renamed:
+        with safe_open(str(base / index[name].file), framework="pt") as file:
+            if not torch.equal(file.get_tensor(name).to(tensor.dtype), tensor.detach().cpu()):
+                return False
+    return bool(renamed)
 
 
 def names_of_trained(model: Any) -> set[str]:

@@ -192,6 +192,7 @@ ROW_CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "datasets.streaming": ({"text": "text", "num_examples": 8}, True),
     "datasets.num_examples": ({"text": "text", "streaming": True, "num_examples": 6}, 7),
     "datasets.shuffle_buffer": ({"text": "text", "streaming": True, "num_examples": 6}, 2),
+    "datasets.where": ({}, {"body": COLUMNS[0]["body"]}),
 }
 
 
@@ -300,7 +301,10 @@ def test_a_metric_changes_how_answers_are_scored_and_nothing_else(mixture: Path,
     assert [metric for _, _, metric in found] == ["exact_match", "chrf"]
 
 
-HUB_KEYS = ("base.revision", "datasets.config", "datasets.split", "datasets.revision", "datasets.eval_split")
+HUB_KEYS = (
+    "base.revision", "datasets.config", "datasets.split", "datasets.revision", "datasets.eval_split",
+    "datasets.data_files",
+)  # fmt: skip
 READ_FROM_HUB = """
 import json, sys
 from pathlib import Path
@@ -320,7 +324,7 @@ sys.stdout.write("\\n" + json.dumps(out))
 
 
 def test_keys_of_things_on_the_hub(hub: HubServer) -> None:
-    """base.revision, and a dataset's config, split, revision and eval_split."""
+    """base.revision, and a dataset's config, split, revision, data_files and eval_split."""
     api = hub.api("alice")
     api.create_repo("org/rows", repo_type="dataset")
     api.create_repo("org/base")
@@ -346,7 +350,11 @@ def test_keys_of_things_on_the_hub(hub: HubServer) -> None:
         api.upload_file(path_or_fileobj=text, path_in_repo="config.json", repo_id="org/base").oid
         for text in (b'{"v": 1}', b'{"v": 2}')
     ]
-    cases = [{}, {"config": "other"}, {"split": "test"}, {"revision": old}, {"eval_split": "test"}]
+    chosen = {"data_files": {"train": "other-test.jsonl", "more": "*-train.jsonl"}}
+    cases = [
+        {}, {"config": "other"}, {"split": "test"}, {"revision": old}, {"eval_split": "test"},
+        {**chosen, "eval_split": "more"}, {"data_files": ["main-test.jsonl", "other-test.jsonl"]},
+    ]  # fmt: skip
     done = hub.run(READ_FROM_HUB, json.dumps(cases), json.dumps([None, shas[0]]))
     assert done.returncode == 0, done.stderr
     *rows, newest, pinned = json.loads(done.stdout.splitlines()[-1])
@@ -354,6 +362,7 @@ def test_keys_of_things_on_the_hub(hub: HubServer) -> None:
     assert rows == [
         [["newer"], None, new], [["other train"], None, new], [["main test"], None, new],
         [["main train"], None, old], [["newer"], ["main test"], new],
+        [["other test"], ["newer", "other train"], new], [["main test", "other test"], None, new],
     ]  # fmt: skip
     assert newest == ['{"v": 2}', "org/base", shas[1]]
     assert pinned == ['{"v": 1}', "org/base", shas[0]]

@@ -16,7 +16,7 @@ from tiny import as_chat, task_rows, write_jsonl
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from merit_hf.config import ConfigError, DatasetSection
+from merit_hf.config import ConfigError, DatasetSection, MeritConfig
 from merit_hf.data import (
     LoadedDataset,
     add_digests,
@@ -433,3 +433,58 @@ def test_counts_are_whole_numbers(tmp_path: Path, model: PreTrainedModel, tokeni
     assert counts.input_tokens.dtype == counts.loss_tokens.dtype == np.int64
     assert type(counts.num_input_tokens) is int
     assert type(counts.num_loss_tokens) is int
+
+
+KINDS = [{"text": f"{kind} {i}", "kind": kind, "number": i} for i in range(4) for kind in ("ask", "tell", "sing")]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_where_takes_the_rows_that_hold_the_values(suffix: str, tmp_path: Path) -> None:
+    file = write(tmp_path / f"rows{suffix}", KINDS)
+    # Of a csv all cells are text.
+    number = str if suffix == ".csv" else int
+
+    def texts(**where: Any) -> list[str]:
+        return list(load(file, where=where).train["text"])
+
+    assert texts(kind="tell") == [f"tell {i}" for i in range(4)]
+    assert texts(kind=["sing", "ask"], number=number(2)) == ["ask 2", "sing 2"]
+    whole, half = load(file), load(file, where={"kind": "tell"}, eval_fraction=0.5)
+    assert len(half.train) == len(half.eval or []) == 2
+    assert all(text.startswith("tell") for text in (half.eval or {})["text"])
+    alone = write(tmp_path / f"alone{suffix}", [row for row in KINDS if row["kind"] == "tell"])
+    assert load(file, where={"kind": "tell"}).fingerprint == load(alone).fingerprint != whole.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ({"knd": "ask"}, "where.knd: no such column. Found: text, kind, number. Did you mean `kind`?"),
+        ({"kind": "sung"}, "where.kind='sung': no row holds that. Of the 3 values found, 'sing' is the nearest."),
+        ({"kind": "ask", "text": "tell 1"}, "no row holds all of that"),
+        ({"number": "2"}, "where.number='2': no row holds that. Of the 4 values found, 2 is the nearest."),
+        ({"kind": None}, "where.kind=None: expected a text, a number"),
+        ({"kind": []}, "where.kind=[]: expected a text, a number"),
+        ({}, "where={}: expected {column: value"),
+        ("kind", "where='kind': expected {column: value"),
+    ],
+)
+def test_a_where_that_finds_nothing_is_told(where: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(write(tmp_path / "rows.jsonl", KINDS), where=where)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "files", ["/etc/passwd", "~/a.json", "../a.json", "https://x/a.json", 3, "", {"train": ["/a"]}]
+)
+def test_data_files_are_files_of_the_repo(files: Any, tmp_path: Path) -> None:
+    """A plan from elsewhere names them too."""
+    with pytest.raises(ConfigError, match=r"data_files=.*: expected a file of the Hub repo"):
+        load_rows(DatasetSection(name="set", path="org/rows", data_files=files), tmp_path)
+    with pytest.raises(ConfigError, match=r"data_files=.*: expected a file of the Hub repo"):
+        MeritConfig.from_dict(
+            {"base": {"model_name_or_path": "b"}, "datasets": [{"name": "a", "path": "b/c", "data_files": files}]}
+        )
+    with pytest.raises(ConfigError, match=r"set\.data_files are files of a Hub repo, and path=.* is a file here"):
+        load(write(tmp_path / "rows.jsonl", KINDS), data_files="rows.jsonl")

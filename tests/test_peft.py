@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_callback import load, raw_rows, sft_script
-from tiny import make_mixture
+from tiny import make_base, make_mixture
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf import MeritCallback, MeritConfig, MeritPlanner, PartitionPlan
@@ -358,6 +358,8 @@ def test_groups_on_a_quantised_base(tmp_path: Path) -> None:
     """QLoRA: the adapters are merged into the base as it is stored, and evaluated on that."""
     pytest.importorskip("bitsandbytes")
     config = make_mixture(tmp_path, count=8)
+    # bitsandbytes quantises in blocks of 64, and packs whole rows of them on a CPU.
+    make_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
     quantised = "sft.model_init_kwargs={quantization_config: {load_in_4bit: true}}"
     with pytest.raises(ConfigError, match="quantised weights cannot be trained"):
         MeritPlanner(MeritConfig.from_yaml(config, [quantised]), QUIET).plan(tmp_path / "plan")

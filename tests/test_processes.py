@@ -206,7 +206,9 @@ def launch_training(plan: PartitionPlan, number: int, output: Path, *more: objec
 
 
 def check_equivalent(plan: PartitionPlan, one: Path, two: Path, steps: slice = slice(None)) -> None:
-    assert read_manifest(two)["num_processes"] == 2
+    found = read_manifest(two)
+    assert (found["num_processes"], found["wrapper"]) == (2, "DistributedDataParallel")
+    assert read_manifest(one)["wrapper"] is None
     assert losses(two)[steps] == pytest.approx(losses(one)[steps], abs=2e-4)
     assert failed(verify_checkpoint(plan, two)) is None
     base, first, second = (load_file(folder / "model.safetensors") for folder in (plan.base_folder(), one, two))

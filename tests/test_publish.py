@@ -31,8 +31,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         content = yaml.safe_load(path.read_text())
         write_jsonl(world.alice.folder / "data/held.jsonl", [as_chat(row) for row in task_rows("copy", 6, seed=5)])
         content["datasets"][0] |= {"eval_path": "data/held.jsonl"}
-        # A sample of the file: what is published and trained on are the drawn rows.
+        # Of the second dataset's file one row is not meant; what is published has neither that row nor the column, and
+        # of the others those that were drawn.
+        for task in world.tasks:
+            rows = [{**as_chat(row), "kind": "meant"} for row in task_rows(task, 24)]
+            more = [{**rows[0], "kind": "other"}] if task == "count" else []
+            write_jsonl(world.alice.folder / f"data/{task}.jsonl", [*rows, *more])
         content["datasets"][1] |= {"streaming": True, "num_examples": 20, "shuffle_buffer": 6}
+        content["datasets"][1] |= {"where": {"kind": "meant"}}
         path.write_text(yaml.safe_dump(content))
         world.alice("plan", "local.yaml", "--output", "local").check()
         world.save("groups")

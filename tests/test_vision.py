@@ -25,14 +25,16 @@ from trl import SFTTrainer
 from merit_hf.callback import MeritCallback
 from merit_hf.config import ConfigError, DatasetSection, MeritConfig, MeritError
 from merit_hf.data import LoadedDataset, load_rows
+from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.gradients import GradientSettings, dataset_gradient
+from merit_hf.group_merge import merge_groups
 from merit_hf.images import embedded
 from merit_hf.manifest import hash_files, read_manifest, write_manifest
 from merit_hf.mixture import PreparedDataset, prepare_dataset
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
-from merit_hf.sft import build_args, collate, load_model, load_tokenizer, open_loss
+from merit_hf.sft import build_args, collate, load_model, load_tokenizer, open_loss, restore_renamed
 from merit_hf.sketch import make_sketch
 from merit_hf.training import train_group
 from merit_hf.verification.verify import verify_checkpoint
@@ -355,6 +357,25 @@ def test_anybodys_trainer_takes_the_images_of_the_plan_and_no_others(
         own_trainer(plan, group, tmp_path / "other", rows, model).train()
 
 
+def test_a_resumed_training_does_not_begin_at_the_base_again(
+    vl_plan: Callable[..., PartitionPlan], tmp_path: Path
+) -> None:
+    """transformers' Trainer restores tensors by their names in the model, and these are saved under others."""
+    plan = vl_plan("sft.save_strategy=steps", "sft.save_steps=2")
+    base, rows = plan.base_folder(), raw_rows(plan, tmp_path, 0)
+    first = own_trainer(plan, 0, tmp_path / "own", rows, load_model(base))
+    first.train()
+    checkpoint = tmp_path / "own" / "checkpoint-2"
+    with pytest.raises(MeritError, match="resumed at step 2, but with the weights of the base"):
+        own_trainer(plan, 0, tmp_path / "lost", rows, load_model(base)).train(resume_from_checkpoint=str(checkpoint))
+    model = load_model(base)
+    restore_renamed(model, checkpoint, first.args)
+    again = own_trainer(plan, 0, tmp_path / "again", rows, model)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, first.model.state_dict()[name]), name
+
+
 def test_frozen_modules_have_no_part_in_the_plan_and_stay_as_they_are(
     vl_plan: Callable[..., PartitionPlan], base: Path, tmp_path: Path
 ) -> None:
@@ -421,3 +442,27 @@ def test_published_rows_hold_their_images_and_name_no_folder(tmp_path: Path) -> 
     shutil.rmtree(tmp_path / "pictures")
     assert load(tmp_path, "published.parquet").fingerprint == loaded.fingerprint
     assert str(tmp_path).encode() not in (tmp_path / "published.parquet").read_bytes()
+
+
+LORA = ("peft.r=4", "peft.lora_alpha=8", "peft.target_modules=all-linear", r"peft.exclude_modules='.*vision_tower.*'")
+
+
+def test_adapters_leave_the_vision_tower_alone_where_they_are_told(
+    vl_plan: Callable[..., PartitionPlan], base: Path, tmp_path: Path
+) -> None:
+    plan = vl_plan(*LORA)
+    groups = [train_group(plan, k, tmp_path / str(k), progress=QUIET) for k in range(2)]
+    for number, folder in enumerate(groups):
+        assert [check for check in verify_checkpoint(plan, folder, progress=QUIET) if not check.ok] == []
+        assert read_manifest(folder)["num_input_tokens"] == plan.group(number).train_input_tokens
+        names = load_file(folder / "adapter_model.safetensors")
+        assert any("language_model" in name for name in names)
+        assert not any("vision_tower" in name for name in names)
+    merge_groups(plan, groups, tmp_path / "merged", out_dtype="float32")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    assert before.keys() == after.keys()
+    still = {name for name in before if torch.equal(before[name].float(), after[name])}
+    assert still >= {name for name in before if "vision_tower" in name}
+    assert not any("q_proj" in name for name in still - {name for name in before if "vision_tower" in name})
+    mean = evaluate_models(plan, {"base": base, "merged": tmp_path / "merged"}, progress=QUIET, generate=False)["mean"]
+    assert mean["merged"] < mean["base"]

@@ -51,7 +51,7 @@ def publish_data(
             entries[dataset.name] |= {
                 "path": name, "revision": revision, "config": None, "split": TRAIN_NAME, "chat": False,
                 "eval_path": None, "eval_split": None if loaded.eval is None else HELD_OUT_NAME, "eval_fraction": 0.0,
-                "part": None, "prompt": None, "completion": None, "messages": None, "text": None,
+                "part": None, "where": None, "prompt": None, "completion": None, "messages": None, "text": None,
                 "images": IMAGES if loaded.images else None, "streaming": False, "num_examples": None,
                 "shuffle_buffer": None,
             }  # fmt: skip
