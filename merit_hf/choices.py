@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from merit_hf.errors import ConfigError
@@ -50,6 +51,18 @@ def check_choices(plan: Any, num_datasets: int, source: str) -> None:
         raise ConfigError(
             f"{source}: plan.optimizer_state is read with plan.precondition=adam alone. Set that, or leave it out."
         )
+
+
+def check_merge_method(engine: str, method: str, parameters: Mapping[str, Any], source: str) -> None:
+    """Methods other than the mean are mergekit's.
+
+    Raises:
+        ConfigError: another engine is to run one, or parameters are given to a mean.
+    """
+    if method != "linear" and engine != "mergekit":
+        raise ConfigError(f"{source}: method {method} is mergekit's, and engine is {engine}. Set engine to mergekit.")
+    if method == "linear" and parameters:
+        raise ConfigError(f"{source}: parameters {sorted(parameters)} for method linear, which has none. Set method.")
 
 
 def whole_name(name: str, part: str | None) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from merit_hf.choices import check_choices, check_part
+from merit_hf.choices import check_choices, check_merge_method, check_part
 from merit_hf.errors import ConfigError as ConfigError
 from merit_hf.errors import MeritError as MeritError
 from merit_hf.fields import check_fields, nearest
@@ -304,18 +304,6 @@ class MeritConfig(_Section):
                 f"{source}: merge.adapters={self.merge.adapters} with merge.svd_rank={self.merge.svd_rank}: `svd` "
                 "needs a rank, and nothing else takes one."
             )
-
-
-def check_merge_method(engine: str, method: str, parameters: typing.Mapping[str, Any], source: str) -> None:
-    """Methods other than the mean are mergekit's.
-
-    Raises:
-        ConfigError: another engine is to run one, or parameters are given to a mean.
-    """
-    if method != "linear" and engine != "mergekit":
-        raise ConfigError(f"{source}: method {method} is mergekit's, and engine is {engine}. Set engine to mergekit.")
-    if method == "linear" and parameters:
-        raise ConfigError(f"{source}: parameters {sorted(parameters)} for method linear, which has none. Set method.")
 
 
 def check_metric(name: str, where: str) -> None:

@@ -16,13 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from merit_hf.align import FLOATS, align
-from merit_hf.average import Average, dtype_name
-from merit_hf.checkpoint import ShardWriter, TensorInfo, atomic_folder, read_model_config, side_files
-from merit_hf.config import ConfigError, check_merge_method
-from merit_hf.hub import repo_of_snapshot
+from merit_hf.average import Average
+from merit_hf.checkpoint import (
+    ShardWriter,
+    TensorInfo,
+    atomic_folder,
+    read_model_config,
+    repo_of_snapshot,
+    side_files,
+)
+from merit_hf.choices import check_merge_method
+from merit_hf.errors import ConfigError
 from merit_hf.mergekit_engine import LINEAR, MethodUse, check_method, mergekit_config, run_mergekit
 
 MERGEKIT_CONFIG_NAME = "mergekit_config.yml"
@@ -149,7 +154,7 @@ def merge_into(
         result = run_mergekit(here, part / "mergekit.part", tensors, device)
     average = Average(origin, groups, fractions, result, device)
     with ShardWriter(part, tensors, max_shard_size) as writer:
-        dtypes = {name: FLOATS.get(tensors[name].dtype, torch.float32) for name in writer.names}
+        dtypes = {name: tensors[name].dtype for name in writer.names}
         for done, (name, pieces) in enumerate(average.stream(dtypes), start=1):
             writer.write(name, pieces)
             if progress is not None:
@@ -200,6 +205,10 @@ def _check_choice(what: str, found: str | None, valid: Sequence[str | None]) -> 
 
 
 def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
     try:
         torch.ones(1, dtype=torch.float64, device=device).cpu()
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
@@ -215,7 +224,7 @@ def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     for info in tensors.values():
         if info.dtype in FLOATS:
             sizes[info.dtype] += info.num_elements
-    return dtype_name(FLOATS[max(sizes, key=lambda dtype: sizes[dtype])])
+    return FLOATS[max(sizes, key=lambda dtype: sizes[dtype])]
 
 
 def _copy_side_files(base: Path, part: Path, out_dtype: str | None) -> None:

@@ -52,9 +52,9 @@ def test_any_number_of_threads_gives_the_same_bytes_and_distances(tmp_path: Path
     found = []
     for threads in (1, 2, 5):
         base, *groups = align(folders[0], folders[1:])
-        average = Average(base, groups, [0.5, 0.3, 0.2], threads=threads)
+        average = Average(base, groups, [0.5, 0.3, 0.2], workers=workers, processes=processes)
         digest = hashlib.sha256()
-        for name, pieces in average.stream(dict.fromkeys(shapes, torch.bfloat16)):
+        for name, pieces in average.stream(dict.fromkeys(shapes, "BF16")):
             digest.update(name.encode())
             for piece in pieces:
                 digest.update(piece)
