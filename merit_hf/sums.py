@@ -6,14 +6,15 @@
 Arrays are as safetensors stores them, flat; bfloat16, which numpy has not, is `uint16`.
 
 **Exactness.** Sums are made in float64 and rounded once, to the nearest value (ties to even). One exception saves half
-of the work: where all inputs and the output are bfloat16, m = Σ w_k x_k is summed in float32. Each term carries the
-roundings of w_k and of w_k x_k and at most K − 1 of the additions', all of relative size u = 2⁻²⁴ at most, so that
-|m − Σ w_k x_k| ≤ (K + 1) u Σ |w_k x_k| to first order in u. Rounding m to bfloat16 differs from rounding the exact sum
-only where the middle of two neighbours lies between them. A unit in the last place of m is u |m| or more, so with
-c = Σ |w_k x_k| / |m| that is at most c (K + 1) such units from m. Elements within 2 (K + 2) units of a middle are
-summed again in float64. So the result is the value nearest to the float64 sum wherever c ≤ 2 (c is 1 where the x_k
-have one sign, as in fine-tunes of one base nearly all have); beyond, it is within half a unit of bfloat16 and
-(K + 1) u Σ |w_k x_k| of it.
+of the work: where all inputs and the output are bfloat16, m = Σ w_k x_k is summed in float32, whose roundings are of
+relative size u = 2⁻²⁴ at most. The largest weight takes up what rounding the others leaves, so that all sum to 1; it
+is off by K u at most, as it is a K-th of their sum or more. Each term carries that, the rounding of its product and at
+most K − 1 of the additions', so that |m − Σ w_k x_k| ≤ 2 K u Σ |w_k x_k| to first order in u. Rounding m to bfloat16
+differs from rounding the exact sum only where the middle of two neighbours lies between them. A unit in the last place
+of m is u |m| or more, so with c = Σ |w_k x_k| / |m| that is within 2 K c such units of m. Elements within 4 (K + 1)
+units of a middle are summed again in float64. So the result is the value nearest to the float64 sum wherever c ≤ 2
+(c is 1 where the x_k have one sign, as nearly all have in fine-tunes of one base); beyond, it is within half a unit of
+bfloat16 and 2 K u Σ |w_k x_k| of it.
 
 **Distances** are sums of squares of differences that are rounded to float32 once (relative error u), added up in
 float32 over rows of 512 and from there in float64: 6 digits and more. Where float32 has not the range, or what is
@@ -52,6 +53,9 @@ class Sums:
     def __init__(self, fractions: Sequence[float]) -> None:
         self._fractions = [float(fraction) for fraction in fractions]
         self._single = np.array(fractions, dtype=np.float32)
+        largest = int(np.argmax(np.abs(self._single)))
+        others = float(np.delete(self._single, largest).sum(dtype=np.float64))
+        self._single[largest] = sum(self._fractions) - others
         # A weight that float32 would cut short is for float64.
         least = min(map(abs, self._fractions))
         self._float32 = len(self._fractions) <= _MAX_FLOAT32_TERMS and (least == 0 or least > 2.0**-100)
@@ -95,7 +99,7 @@ class Sums:
         for at in _blocks(len(origin)):
             size, half = at.stop - at.start, (at.stop - at.start) // 2
             start, mean, spare = self._start[:size], self._mean[:size], self._spare[:size]
-            moved, error = self._squared[:-2, :size], self._squared[-1, :size]
+            moved, (shift, error) = self._squared[:-2, :size], self._squared[-2:, :size]
             _widen_halves(origin[at], start)
             for k, stored in enumerate(parts):
                 _widen_halves(stored[at], moved[k])
@@ -114,8 +118,11 @@ class Sums:
             np.bitwise_and(rounded, _HIGH, out=rounded)
             np.right_shift(rounded[:half], 16, out=words)
             np.bitwise_or(words, rounded[half:], out=words)
-            np.subtract(spare, mean, out=error)
-            total += self._squares(size, True)
+            # Not written − m, which float32's own roundings of m would blur.
+            np.subtract(spare, start, out=error)
+            np.einsum("k,kn->n", self._single, moved, out=shift)
+            np.subtract(error, shift, out=error)
+            total += self._squares(size)
         if doubtful:
             places = np.concatenate(doubtful)
             out[places] = self._exactly([stored[places] for stored in parts])
@@ -123,7 +130,7 @@ class Sums:
 
     def _near_a_middle(self, bits: Bits, spare: Bits) -> NDArray[np.intp]:
         """Where the sum in float32 is so near to the middle of two bfloat16 that its error may decide."""
-        margin = 2 * (len(self._fractions) + 2)
+        margin = 4 * (len(self._fractions) + 1)
         np.add(bits, 0x8000 + margin, out=spare)
         np.bitwise_and(spare, 0xFFFF, out=spare)
         return np.flatnonzero(np.less_equal(spare, 2 * margin, out=self._mask[: len(bits)]))
@@ -155,15 +162,15 @@ class Sums:
             if result is not None:
                 np.copyto(mean, _widen(result[at], self._spare))
                 np.subtract(mean, start, out=shift, casting="same_kind")
+            else:
+                np.einsum("k,kn->n", self._single, moved, out=shift)
             value = _narrow(mean, dtype, out[at], self._spare)
             np.subtract(value, mean, out=error, casting="same_kind")
-            total += self._squares(size, result is None)
+            total += self._squares(size)
         return [float(square) for square in (*total[-2:], *total[:-2])]
 
-    def _squares(self, size: int, is_mean: bool) -> NDArray[np.float64]:
-        """Of the rows of a block; the shift is made here, as Σ w_k (θ_k − θ0), if it `is_mean`."""
-        if is_mean:
-            np.einsum("k,kn->n", self._single, self._squared[:-2, :size], out=self._squared[-2, :size])
+    def _squares(self, size: int) -> NDArray[np.float64]:
+        """Of the rows of a block."""
         count = -(-size // _ROW) * _ROW
         self._squared[:, size:count] = 0
         rows = self._squared[:, :count].reshape(len(self._squared), -1, _ROW)

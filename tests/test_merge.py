@@ -27,9 +27,9 @@ from merging import (
 )
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from merit_hf.average import round_once
 from merit_hf.checkpoint import weights_sha256
 from merit_hf.config import ConfigError, MeritError
+from merit_hf.device_sums import round_once
 from merit_hf.merge import merge_checkpoints
 
 
