@@ -242,11 +242,11 @@ def child(command: list[str]) -> tuple[float, float, float]:
 
 
 def anonymous(pid: int) -> int:
-    """KB of a process and all below it."""
+    """KB of a process and all below it; memory that they share counts in each."""
     found = 0
     with contextlib.suppress(OSError):
-        status = Path(f"/proc/{pid}/status").read_text()
-        found = int(status.partition("RssAnon:")[2].split()[0]) if "RssAnon:" in status else 0
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            found += int(line.split()[1]) if line.startswith(("RssAnon:", "RssShmem:")) else 0
         for path in Path(f"/proc/{pid}/task").glob("*/children"):
             found += sum(anonymous(int(child)) for child in path.read_text().split())
     return found
@@ -280,8 +280,8 @@ Ours reads the base too, compares all headers, checks every value, measures dist
 does not flush, so its files are flushed within its time. *Processes*: a Python process from start to exit, imports
 included, that calls `merge_checkpoints`, or what `mergekit-yaml` calls. *Calls*: these alone. `mergekit-yaml` / floor
 is what a merge could be faster at most, if it started in no time and did nothing but read and write. Memory is the
-highest anonymous memory (RssAnon) of the process and those it started, sampled every 20 ms; allowed is 2 × the largest
-tensor × K + 200 MB. *Base and noise*: copies of the base, each moved by a hundredth of every tensor's size.
+highest anonymous memory (RssAnon + RssShmem) of the process and those it started, sampled every 20 ms; allowed is 2 ×
+the largest tensor × K + 200 MB. *Base and noise*: copies of the base, each moved by a hundredth of every tensor's size.
 
 | checkpoints | page cache | ours / floor (calls) | `mergekit-yaml` / ours (processes) | mergekit / ours (calls) \
 | `mergekit-yaml` (process) / floor | memory, ours | memory, mergekit |

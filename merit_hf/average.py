@@ -193,7 +193,9 @@ class Average:
 def _num_cores() -> int:
     """The cores that this process may use; as everywhere in this ecosystem, OMP_NUM_THREADS says how many to take."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0))
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _one_thread_each() -> None:

@@ -37,7 +37,7 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 @dataclass(frozen=True)
 class MergeStats:
-    """What a merge did. All distances are Euclidean over all floating parameters, computed in float64.
+    """What a merge did. All distances are Euclidean over all floating parameters, right to 6 digits.
 
     Attributes:
         num_tensors, num_parameters: of the merged model as stored.
@@ -95,8 +95,9 @@ def merge_checkpoints(
         weights (`Sequence[float]`): one a checkpoint, positive.
         output (`str` or `Path`): new folder. Work goes on in `output.part`; a finished folder is complete.
         out_dtype (`str`, *optional*): `float32`, `bfloat16` or `float16`. Default: each tensor's dtype in the base.
-        engine (`str`, *optional*, defaults to `"safetensors"`): `safetensors` streams the mean in float64;
-            `mergekit` lets mergekit compute in float32, with checks before and after, and casts its result once.
+        engine (`str`, *optional*, defaults to `"safetensors"`): `safetensors` streams the mean in float64 (of
+            bfloat16 as `sums` says); `mergekit` lets mergekit compute in float32, with checks before and after, and
+            casts its result once.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): of an output file.
         progress (`Callable`, *optional*): called after each tensor with tensors done and in all.
         method (`str`, *optional*, defaults to `"linear"`): of mergekit: `ties`, `dare_ties`, `slerp`, `karcher`, … θ0
