@@ -281,7 +281,7 @@ does not flush, so its files are flushed within its time. *Processes*: a Python 
 included, that calls `merge_checkpoints`, or what `mergekit-yaml` calls. *Calls*: these alone. `mergekit-yaml` / floor
 is what a merge could be faster at most, if it started in no time and did nothing but read and write. Memory is the
 highest anonymous memory (RssAnon + RssShmem) of the process and those it started, sampled every 20 ms; allowed is 2 ×
-the largest tensor × K + 200 MB. *Base and noise*: copies of the base, each moved by a hundredth of every tensor's size.
+the largest tensor × K + 200 MB. *Base and noise*: copies of the base, each moved by a hundredth of a tensor's size.
 
 | checkpoints | page cache | ours / floor (calls) | `mergekit-yaml` / ours (processes) | mergekit / ours (calls) \
 | `mergekit-yaml` (process) / floor | memory, ours | memory, mergekit |
