@@ -2,6 +2,8 @@
 
     python benchmarks/merge_speed.py runs/quickstart --output benchmarks/results/merge.md
 
+Where the quickstart has a base and no trained groups, copies of the base with a little noise take their place.
+
 Floor: read the K checkpoints from end to end, write as many bytes as one has, fsync. In every round floor, ours and
 mergekit run one after another, in turns, on the same files and with the same page cache (all of it, or none).
 """
@@ -9,6 +11,7 @@ mergekit run one after another, in turns, on the same files and with the same pa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -23,7 +26,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from merit_hf.checkpoint import read_tensor_index
 from merit_hf.versions import library_versions
@@ -63,10 +66,16 @@ def main() -> None:
     run = options.quickstart / "run"
     try:
         lines = []
-        real = [float32_base(options.quickstart / "base", scratch / "base"), *(run / f"groups/{k}" for k in range(4))]
-        lines += speed("SmolLM2-135M, float32", real, scratch, options.rounds)
-        made = [synthetic(scratch / f"synthetic-{k}", seed=k) for k in range(5)]
-        lines += speed("synthetic Llama, bfloat16", made, scratch, options.rounds)
+        base = float32_base(options.quickstart / "base", scratch / "base")
+        groups = [run / f"groups/{k}" for k in range(4)]
+        name = "SmolLM2-135M, float32"
+        if not all((group / "model.safetensors").exists() for group in groups):
+            groups = [noisy(base, scratch / f"noisy-{k}", seed=k) for k in range(4)]
+            name += " (base and noise)"
+        lines += speed(name, [base, *groups], scratch, options.rounds)
+        first = synthetic(scratch / "synthetic", seed=0)
+        made = [noisy(first, scratch / f"synthetic-{k}", seed=k) for k in range(4)]
+        lines += speed("synthetic Llama, bfloat16 (base and noise)", [first, *made], scratch, options.rounds)
         table = architectures(scratch)
     finally:
         shutil.rmtree(scratch)
@@ -108,6 +117,18 @@ def synthetic(folder: Path, seed: int) -> Path:
     return folder
 
 
+def noisy(base: Path, folder: Path, seed: int) -> Path:
+    """A copy that has moved as far as fine-tuning moves a model: by some hundredth of each tensor's size."""
+    shutil.copytree(base, folder)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(base / "model.safetensors")
+    for tensor in tensors.values():
+        noise = torch.randn(tensor.shape, generator=generator).mul_(0.01 * tensor.float().std(unbiased=False))
+        tensor.add_(noise.to(tensor.dtype))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def speed(name: str, folders: list[Path], scratch: Path, rounds: int) -> list[str]:
     """Two lines of the table: everything cached, nothing cached."""
     base, *groups = folders
@@ -143,6 +164,7 @@ def speed(name: str, folders: list[Path], scratch: Path, rounds: int) -> list[st
             ratio(call["ours"], call["floor"]),
             ratio(process["mergekit"], process["ours"]),
             ratio(call["mergekit"], call["ours"]),
+            ratio(process["mergekit"], call["floor"]),
         ]
         memory = [max(r[2] for r in found[side]) for side in ("ours", "mergekit")]
         lines.append(
@@ -220,11 +242,14 @@ def child(command: list[str]) -> tuple[float, float, float]:
 
 
 def anonymous(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(status.partition("RssAnon:")[2].split()[0]) if "RssAnon:" in status else 0
+    """KB of a process and all below it; memory that they share counts in each."""
+    found = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            found += int(line.split()[1]) if line.startswith(("RssAnon:", "RssShmem:")) else 0
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += sum(anonymous(int(child)) for child in path.read_text().split())
+    return found
 
 
 def architectures(scratch: Path) -> list[str]:
@@ -253,12 +278,14 @@ load average of the last 15 minutes {os.getloadavg()[2]:.1f}. Versions: {version
 Medians of {rounds} rounds, in brackets the lowest and highest. *Floor*: read the K checkpoints, write one with fsync.
 Ours reads the base too, compares all headers, checks every value, measures distances, and flushes its output; mergekit
 does not flush, so its files are flushed within its time. *Processes*: a Python process from start to exit, imports
-included, that calls `merge_checkpoints`, or what `mergekit-yaml` calls. *Calls*: these alone. Memory is the highest
-anonymous memory (RssAnon) of the process, sampled every 20 ms; allowed is 2 × the largest tensor × K + 200 MB.
+included, that calls `merge_checkpoints`, or what `mergekit-yaml` calls. *Calls*: these alone. `mergekit-yaml` / floor
+is what a merge could be faster at most, if it started in no time and did nothing but read and write. Memory is the
+highest anonymous memory (RssAnon + RssShmem) of the process and those it started, sampled every 20 ms; allowed is 2 ×
+the largest tensor × K + 200 MB. *Base and noise*: copies of the base, each moved by a hundredth of a tensor's size.
 
 | checkpoints | page cache | ours / floor (calls) | `mergekit-yaml` / ours (processes) | mergekit / ours (calls) \
-| memory, ours | memory, mergekit |
-|---|---|---|---|---|---|---|
+| `mergekit-yaml` (process) / floor | memory, ours | memory, mergekit |
+|---|---|---|---|---|---|---|---|
 {speed_lines}
 
 `merit merge` adds verification (hashes of every file of every group), which is not in these numbers.

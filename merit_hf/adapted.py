@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -73,6 +74,8 @@ class Weights(Protocol):
 
     def flat(self, name: str) -> torch.Tensor: ...
 
+    def stored(self, name: str) -> np.ndarray: ...
+
 
 class AdaptedCheckpoint:
     """A base and an adapter as the whole checkpoint that they stand for: W + s·B·A in float64, made when it is read.
@@ -100,6 +103,10 @@ class AdaptedCheckpoint:
             return self._base.flat(name)
         b, a = self._oriented(name, self._modules[name])
         return _Adapted(self._base.flat(name), b, a)
+
+    def stored(self, name: str) -> Any:
+        """The same as an array, of float64 where it is adapted."""
+        return self._base.stored(name) if name not in self._modules else _Stored(self.flat(name))
 
     def read_ahead(self, name: str, start: int, stop: int) -> None:
         """Nothing to ask the system for: the base reads ahead for itself, and the factors are small."""
@@ -129,6 +136,14 @@ class _Adapted:
         first, last = start // width, -(-stop // width)
         update = (self._b[first:last] @ self._a).reshape(-1)[start - first * width : stop - first * width]
         return update.add_(self._weight[start:stop])
+
+
+class _Stored:
+    def __init__(self, adapted: _Adapted) -> None:
+        self._adapted = adapted
+
+    def __getitem__(self, elements: slice) -> np.ndarray:
+        return self._adapted[elements].numpy()
 
 
 def module_of(name: str) -> str | None:

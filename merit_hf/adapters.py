@@ -13,10 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from merit_hf.checkpoint import INDEX_NAME, SINGLE_NAME, TensorInfo, read_header
-from merit_hf.config import ConfigError, MeritError
+from merit_hf.errors import ConfigError, MeritError
 
 ADAPTER_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -133,6 +131,7 @@ def expected_adapter_tensors(base: str | Path, peft: Mapping[str, Any]) -> dict[
 
     Built without weights, on the meta device.
     """
+    import torch
     from peft import get_peft_model_state_dict
     from transformers import AutoConfig
 
@@ -206,6 +205,7 @@ def publish_adapter_config(folder: str | Path, repo_id: str | None, revision: st
 
 
 def _refuse_other_layers(model: Any) -> None:
+    import torch
     from peft.tuners.lora import LoraLayer
     from transformers.pytorch_utils import Conv1D
 

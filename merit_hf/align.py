@@ -7,20 +7,24 @@ By state-dict names alone: nothing here knows an architecture.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-import torch
-from safetensors import safe_open
+import numpy as np
 
-from merit_hf.adapted import AdaptedCheckpoint
 from merit_hf.adapters import is_adapter
 from merit_hf.checkpoint import ITEM_SIZES, TensorInfo, read_model_config, read_tensor_index
-from merit_hf.config import MeritError
+from merit_hf.errors import MeritError
+from merit_hf.sums import ARRAYS
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
+# safetensors' names of floating dtypes, and everybody else's.
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EXACT = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 
 
@@ -36,10 +40,25 @@ class Checkpoint:
         self.folder = Path(folder)
         self.tensors = read_tensor_index(self.folder)
         self._files: dict[str, Any] = {}
+        self._maps: dict[str, mmap.mmap] = {}
         self._descriptors: dict[str, BinaryIO] = {}
 
+    def stored(self, name: str) -> np.ndarray:
+        """Tensor `name` as [num_elements], read as its pages are touched; bfloat16 and integers as unsigned bits."""
+        info = self.tensors[name]
+        size = ITEM_SIZES[info.dtype]
+        if not info.num_elements:
+            return np.empty(0, ARRAYS.get(info.dtype, f"<u{size}"))
+        if info.file not in self._maps:
+            with (self.folder / info.file).open("rb") as file:
+                self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        kind = ARRAYS.get(info.dtype, f"<u{size}")
+        return np.frombuffer(self._maps[info.file], kind, info.num_elements, info.start)
+
     def flat(self, name: str) -> torch.Tensor:
-        """Tensor `name` as [num_elements], read as its pages are touched."""
+        """The same as a tensor of its own dtype."""
+        from safetensors import safe_open
+
         file = self.tensors[name].file
         if file not in self._files:
             self._files[file] = safe_open(self.folder / file, framework="pt")
@@ -69,8 +88,8 @@ def align(base: Path, folders: Sequence[Path]) -> list[Checkpoint]:
     """
     origin = Checkpoint(base)
     # An adapter reads like the whole checkpoint that it makes of the base.
-    adapted = {folder: AdaptedCheckpoint(origin, folder) for folder in folders if is_adapter(folder)}
-    checkpoints = [origin, *(cast(Checkpoint, adapted.get(folder) or Checkpoint(folder)) for folder in folders)]
+    adapted = {folder: _adapted(origin, folder) for folder in folders if is_adapter(folder)}
+    checkpoints = [origin, *(adapted.get(folder) or Checkpoint(folder) for folder in folders)]
     for checkpoint in checkpoints:
         if checkpoint.folder not in adapted:
             _refuse_quantised(checkpoint)
@@ -84,9 +103,10 @@ def align(base: Path, folders: Sequence[Path]) -> list[Checkpoint]:
     return checkpoints
 
 
-def bits(values: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor."""
-    return values.contiguous().view(torch.uint8)
+def _adapted(origin: Checkpoint, folder: Path) -> Checkpoint:
+    from merit_hf.adapted import AdaptedCheckpoint
+
+    return cast(Checkpoint, AdaptedCheckpoint(origin, folder))
 
 
 def _compare(base: Checkpoint, other: Checkpoint) -> None:
@@ -164,6 +184,10 @@ def _aliases(checkpoint: Checkpoint, shared: set[str]) -> list[str]:
         twins = [
             twin for twin in sorted(shared) if len(info.shape) == 2 and _same_form(info, checkpoint.tensors[twin])
         ]
-        if any(torch.equal(bits(checkpoint.flat(name)), bits(checkpoint.flat(twin))) for twin in twins):
+        if any(np.array_equal(_bits(checkpoint, name), _bits(checkpoint, twin)) for twin in twins):
             found.append(name)
     return found
+
+
+def _bits(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return checkpoint.stored(name).view(np.uint8)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,7 @@ from typing import Any, BinaryIO, Self
 
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
-from merit_hf.config import ConfigError, MeritError
+from merit_hf.errors import ConfigError, MeritError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -172,6 +173,12 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise MeritError(f"{path}: expected a JSON object, found a {type(config).__name__}. Save the model again.")
     return config
+
+
+def repo_of_snapshot(folder: Path) -> tuple[str, str] | None:
+    """(repo, commit) of a snapshot folder in the Hub's cache; None of any other folder."""
+    found = re.fullmatch(r".*/models--(.+)/snapshots/([0-9a-f]{40})", folder.as_posix())
+    return (found[1].replace("--", "/"), found[2]) if found else None
 
 
 @contextlib.contextmanager

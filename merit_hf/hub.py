@@ -307,12 +307,6 @@ def fetch_folder(repo_id: str, revision: str, folder: str, into: Path) -> Path |
     return into / folder if (into / folder).is_dir() else None
 
 
-def repo_of_snapshot(folder: Path) -> tuple[str, str] | None:
-    """(repo, commit) of a snapshot folder in the Hub's cache; None of any other folder."""
-    found = re.fullmatch(r".*/models--(.+)/snapshots/([0-9a-f]{40})", folder.as_posix())
-    return (found[1].replace("--", "/"), found[2]) if found else None
-
-
 def resolve_model(path: str, revision: str | None, root: Path, where: str) -> tuple[Path, str | None, str | None]:
     """A folder or a Hub id → (local folder, repo_id, revision); the last two are None for a folder."""
     folder = (root / path).expanduser()

@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from merit_hf.align import FLOATS, align
-from merit_hf.average import Average, dtype_name
-from merit_hf.checkpoint import ShardWriter, TensorInfo, atomic_folder, read_model_config, side_files
+from merit_hf.average import Average
+from merit_hf.checkpoint import (
+    ShardWriter,
+    TensorInfo,
+    atomic_folder,
+    read_model_config,
+    repo_of_snapshot,
+    side_files,
+)
 from merit_hf.choices import check_merge_method
-from merit_hf.config import ConfigError
-from merit_hf.hub import repo_of_snapshot
+from merit_hf.errors import ConfigError
 from merit_hf.mergekit_engine import LINEAR, MethodUse, check_method, mergekit_config, run_mergekit
 
 MERGEKIT_CONFIG_NAME = "mergekit_config.yml"
@@ -33,7 +37,7 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 @dataclass(frozen=True)
 class MergeStats:
-    """What a merge did. All distances are Euclidean over all floating parameters, computed in float64.
+    """What a merge did. All distances are Euclidean over all floating parameters, right to 6 digits.
 
     Attributes:
         num_tensors, num_parameters: of the merged model as stored.
@@ -92,8 +96,9 @@ def merge_checkpoints(
         weights (`Sequence[float]`): one a checkpoint, positive.
         output (`str` or `Path`): new folder. Work goes on in `output.part`; a finished folder is complete.
         out_dtype (`str`, *optional*): `float32`, `bfloat16` or `float16`. Default: each tensor's dtype in the base.
-        engine (`str`, *optional*, defaults to `"safetensors"`): `safetensors` streams the mean in float64;
-            `mergekit` lets mergekit compute in float32, with checks before and after, and casts its result once.
+        engine (`str`, *optional*, defaults to `"safetensors"`): `safetensors` streams the mean in float64 (of
+            bfloat16 as `sums` says); `mergekit` lets mergekit compute in float32, with checks before and after, and
+            casts its result once.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): of an output file.
         progress (`Callable`, *optional*): called after each tensor with tensors done and in all.
         method (`str`, *optional*, defaults to `"linear"`): of mergekit: `ties`, `dare_ties`, `slerp`, `karcher`, … θ0
@@ -160,7 +165,7 @@ def merge_into(
         terms, shares = [*groups, origin], [*shares, 1 - interpolate_to_init]
     average = Average(origin, terms, shares, result, device)
     with ShardWriter(part, tensors, max_shard_size) as writer:
-        dtypes = {name: FLOATS.get(tensors[name].dtype, torch.float32) for name in writer.names}
+        dtypes = {name: tensors[name].dtype for name in writer.names}
         for done, (name, pieces) in enumerate(average.stream(dtypes), start=1):
             writer.write(name, pieces)
             if progress is not None:
@@ -211,6 +216,10 @@ def _check_choice(what: str, found: str | None, valid: Sequence[str | None]) -> 
 
 
 def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
     try:
         torch.ones(1, dtype=torch.float64, device=device).cpu()
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
@@ -226,7 +235,7 @@ def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     for info in tensors.values():
         if info.dtype in FLOATS:
             sizes[info.dtype] += info.num_elements
-    return dtype_name(FLOATS[max(sizes, key=lambda dtype: sizes[dtype])])
+    return FLOATS[max(sizes, key=lambda dtype: sizes[dtype])]
 
 
 def _copy_side_files(base: Path, part: Path, out_dtype: str | None) -> None:

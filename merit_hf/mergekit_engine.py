@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from merit_hf.align import Checkpoint
 from merit_hf.checkpoint import TensorInfo
-from merit_hf.config import ConfigError, MeritError
+from merit_hf.errors import ConfigError, MeritError
 
 LINEAR = "linear"
 _CURE = "Merge with engine safetensors."
@@ -133,6 +132,7 @@ def run_mergekit(recipe: str, folder: Path, expected: Mapping[str, TensorInfo], 
     Raises:
         MeritError: mergekit would lose tensors (named before anything is read), lost or reshaped some, or failed.
     """
+    import torch
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 

@@ -32,9 +32,8 @@ from trl import SFTConfig, SFTTrainer
 
 from merit_hf import vision
 from merit_hf.adapters import add_adapter, is_adapter, load_adapter
-from merit_hf.checkpoint import INDEX_NAME, SINGLE_NAME, read_tensor_index
+from merit_hf.checkpoint import INDEX_NAME, SINGLE_NAME, read_tensor_index, repo_of_snapshot
 from merit_hf.config import ConfigError, MeritError
-from merit_hf.hub import repo_of_snapshot
 from merit_hf.identity import BATCH_FIELDS as BATCH_FIELDS
 from merit_hf.identity import IDENTITY_FIELDS as IDENTITY_FIELDS
 from merit_hf.images import IMAGES

@@ -27,9 +27,9 @@ from merging import (
 )
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from merit_hf.average import round_once
 from merit_hf.checkpoint import weights_sha256
 from merit_hf.config import ConfigError, MeritError
+from merit_hf.device_sums import round_once
 from merit_hf.merge import merge_checkpoints
 
 
@@ -76,11 +76,11 @@ def test_equals_the_float64_mean(family: Callable, dtype: torch.dtype, tied: boo
 
     assert stats.num_tensors == len(merged)
     assert stats.num_parameters == sum(tensor.numel() for tensor in merged.values())
-    assert stats.displacement == pytest.approx(norm({n: exact[n] - origin[n].double() for n in exact}), rel=1e-12)
+    assert stats.displacement == pytest.approx(norm({n: exact[n] - origin[n].double() for n in exact}), rel=1e-7)
     for group, found in zip(groups, stats.group_displacements, strict=True):
         tensors = load(group)
         expected = norm({n: tensors[n].double() - origin[n].double() for n in tensors})
-        assert found == pytest.approx(expected, rel=1e-12)
+        assert found == pytest.approx(expected, rel=1e-7)
     assert stats.cast_loss == pytest.approx(norm({n: merged[n].double() - exact[n] for n in exact}), rel=1e-6)
     assert stats.cast_share == stats.cast_loss / stats.displacement
     assert stats.out_dtype == str(dtype).removeprefix("torch.")

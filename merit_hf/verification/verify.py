@@ -11,6 +11,7 @@ hidden in weights that behave.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def verify_checkpoints(
         return results
     count = len(results) if num_asked is None else num_asked
     if any(result.ok for result in results[:count]):
-        results = _with_weights(plan, [_fetched(plan, result) for result in results], count)
+        results = _with_weights(plan, _fetched(plan, results), count)
     if level == "weights":
         return results
     return [
@@ -105,12 +106,19 @@ def verify_checkpoints(
     ]
 
 
-def _fetched(plan: PartitionPlan, result: Verified) -> Verified:
-    """With the files here, and their checksums against the manifest."""
-    if not result.ok:
-        return result
-    folder = result.source.fetch()
-    recorded, found = read_manifest(folder)["files"], hash_files(folder)
+def _fetched(plan: PartitionPlan, results: Sequence[Verified]) -> list[Verified]:
+    """With the files here, and their checksums against the manifest; checkpoints are hashed side by side."""
+    folders = [result.source.fetch() if result.ok else None for result in results]
+    with ThreadPoolExecutor() as pool:
+        hashed = list(pool.map(lambda folder: None if folder is None else hash_files(folder), folders))
+    return [
+        result if folder is None or found is None else _checksums(plan, result, folder, found)
+        for result, folder, found in zip(results, folders, hashed, strict=True)
+    ]
+
+
+def _checksums(plan: PartitionPlan, result: Verified, folder: Path, found: Mapping[str, str]) -> Verified:
+    recorded = read_manifest(folder)["files"]
     wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
     check = Check(
         "checksums",
