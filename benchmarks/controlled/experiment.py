@@ -51,7 +51,9 @@ class Warmup(_Section):
 
 
 class Base(_Section):
-    """θ0: `warmup`, `smollm2` (the quickstart's, from its wheel), or a folder or Hub id."""
+    """θ0: `warmup`, or `model`: `smollm2` (the quickstart's, from its wheel), a Hub id, or a folder, seen from
+    where the command is run.
+    """
 
     model: str | None = None
     warmup: Warmup | None = None
@@ -178,8 +180,11 @@ class Outcome(_Section):
 
 
 class Experiment(_Section):
+    """`claims`: false for a run that only shows that the chain works, whose numbers nobody is to conclude from."""
+
     name: str
     question: str
+    claims: bool = True
     base: Base
     data: Data
     plan: dict[str, Any] = {}
@@ -339,7 +344,9 @@ def _check_arms(experiment: Experiment, where: str) -> None:
 
 def digest(experiment: Experiment) -> str:
     """Of all that decides a result: everything but the seeds and the arms, so that both may grow."""
-    content = experiment.model_dump(mode="json", exclude={"seeds", "arms", "outcome", "gates", "conditions", "lines"})
+    content = experiment.model_dump(
+        mode="json", exclude={"seeds", "arms", "outcome", "gates", "conditions", "lines", "claims", "question"}
+    )
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

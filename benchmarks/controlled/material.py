@@ -50,7 +50,9 @@ class Material:
     def base(self) -> str:
         """What `base.model_name_or_path` is to name."""
         named = self.experiment.base.model
-        return named if named not in (None, SMOLLM2) else str(self.base_folder.resolve())
+        if named is None or named == SMOLLM2:
+            return str(self.base_folder.resolve())
+        return str(Path(named).resolve()) if Path(named).is_dir() else named
 
     @property
     def names(self) -> list[str]:

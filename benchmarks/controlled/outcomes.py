@@ -11,31 +11,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.interpolate import make_interp_spline
 
 NUM_DRAWS = 5000
 CONFIDENCE = 0.95
+GRID = 3001  # points of a line that are looked at
 
 
 @dataclass(frozen=True)
 class Curve:
     """Measured points of a line, λ ascending, with θ0 (λ = 0) as the first.
 
+    Between them a loss is a cubic spline through all points (of lower degree where there are fewer than four): straight
+    pieces would lie above a convex loss, and credit every model that is held against them.
+
     Attributes:
-        lambdas: [P]. displacements: [P], ‖θ(λ) − θ0‖.
+        lambdas: [P]. length: ‖θ − θ0‖.
         losses: {dataset: [P]}, of mixture and held-out datasets.
     """
 
     lambdas: np.ndarray
-    displacements: np.ndarray
+    length: float
     losses: Mapping[str, np.ndarray]
 
-    def mean(self, names: Sequence[str]) -> np.ndarray:
-        """Mean loss over datasets, [P]."""
-        return np.mean([self.losses[name] for name in names], axis=0)
+    def at(self, positions: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        """Losses of datasets at λs within the measured range, [L, N]."""
+        values = np.stack([self.losses[name] for name in names], axis=1)
+        spline = make_interp_spline(self.lambdas, values, k=min(3, len(self.lambdas) - 1))
+        return np.asarray(spline(positions))
 
-    def at(self, position: float, name: str) -> float:
-        """A dataset's loss at a λ between measured ones: linear between neighbours."""
-        return float(np.interp(position, self.lambdas, self.losses[name]))
+    def mean(self, names: Sequence[str]) -> np.ndarray:
+        """Mean loss over datasets at the measured points, [P]."""
+        return np.mean([self.losses[name] for name in names], axis=0)
 
 
 @dataclass(frozen=True)
@@ -47,41 +54,30 @@ class Match:
 
 
 def match_displacement(curve: Curve, displacement: float) -> Match:
-    """λ = D / ‖θ − θ0‖: the point that moved as far; the line's last one where none moved so far."""
-    furthest = float(curve.displacements[-1])
-    if displacement >= furthest:
-        return Match(float(curve.lambdas[-1]), displacement > furthest * (1 + 1e-9))
-    return Match(float(np.interp(displacement, curve.displacements, curve.lambdas)), False)
+    """λ = D / ‖θ − θ0‖: the point that moved as far; the line's last one where it ends before."""
+    position, end = displacement / curve.length, float(curve.lambdas[-1])
+    return Match(min(position, end), position > end * (1 + 1e-9))
 
 
 def match_forgetting(curve: Curve, mixture: Sequence[str], held_out: Sequence[str], forgotten: float) -> Match:
     """The best point that forgot no more: argmin over λ of the mixture's loss M(λ), where F(λ) ≤ F of the model.
 
-    F is the mean held-out loss less that of θ0. Both are taken as linear between measured points, so the best point
-    of a piece lies at an end of the part of it where F(λ) ≤ F; F need not be monotone. Where every point forgot more,
-    the one that forgot least stands in, clipped: the line cannot do what the model does.
+    F is the mean held-out loss less that of θ0; it need not be monotone in λ. Where every point forgot more, the one
+    that forgot least stands in, clipped: the line cannot do what the model does.
     """
-    loss, forgetting = curve.mean(mixture), curve.mean(held_out)
+    positions = np.linspace(0.0, float(curve.lambdas[-1]), GRID)
+    loss, forgetting = (curve.at(positions, names).mean(axis=1) for names in (mixture, held_out))
     forgetting = forgetting - forgetting[0]
-    candidates = [(loss[i], curve.lambdas[i]) for i in range(len(loss)) if forgetting[i] <= forgotten + 1e-12]
-    for i in range(len(loss) - 1):
-        low, high = forgetting[i], forgetting[i + 1]
-        if (low - forgotten) * (high - forgotten) < 0:
-            share = (forgotten - low) / (high - low)
-            candidates.append(
-                (
-                    loss[i] + share * (loss[i + 1] - loss[i]),
-                    curve.lambdas[i] + share * (curve.lambdas[i + 1] - curve.lambdas[i]),
-                )
-            )
-    if not candidates:
-        return Match(float(curve.lambdas[int(np.argmin(forgetting))]), True)
-    return Match(float(min(candidates)[1]), False)
+    allowed = np.flatnonzero(forgetting <= forgotten + 1e-9)
+    if not allowed.size:
+        return Match(float(positions[int(np.argmin(forgetting))]), True)
+    return Match(float(positions[allowed[int(np.argmin(loss[allowed]))]]), False)
 
 
 def excess(curve: Curve, match: Match, losses: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
     """{dataset: the line's loss at the match − the model's}; above 0 where the model is better."""
-    return {name: curve.at(match.position, name) - losses[name] for name in names}
+    there = curve.at(np.array([match.position]), names)[0]
+    return {name: float(value) - losses[name] for name, value in zip(names, there, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -119,23 +115,54 @@ def crossed_mean(table: Mapping[Seeds, Mapping[str, float]], seed: int = 0) -> E
     Args:
         table: {seeds: {dataset: value}}, the same datasets in every cell.
     """
-    cells = sorted(table, key=str)
-    names = sorted(table[cells[0]])
-    values = np.array([[table[cell][name] for name in names] for cell in cells], dtype=np.float64)
-    plans, orders = _levels([cell[0] for cell in cells]), _levels([cell[1] for cell in cells])
-    factors = {"plan seeds": int(plans.max()) + 1, "order seeds": int(orders.max()) + 1, "datasets": len(names)}
-    drawn = [name for name, size in factors.items() if size > 1]
-    point = float(values.mean())
-    if not drawn:
-        return Estimate(point, None, None, len(cells), "")
+    return _estimate([table], seed)
+
+
+def crossed_difference(
+    ours: Mapping[Seeds, Mapping[str, float]], theirs: Mapping[Seeds, Mapping[str, float]], seed: int = 0
+) -> Estimate | None:
+    """Mean of ours − mean of theirs, on the order seeds and datasets that both have; None where they have none.
+
+    Order seeds and datasets are drawn once for both, which pairs them. Plan seeds are drawn for each by itself: one
+    arm's split at a plan seed has nothing to do with another arm's.
+    """
+    first, second = common_orders(ours, theirs)
+    return _estimate([first, second], seed) if first and second else None
+
+
+def common_orders(
+    ours: Mapping[Seeds, Mapping[str, float]], theirs: Mapping[Seeds, Mapping[str, float]]
+) -> tuple[dict[Seeds, Mapping[str, float]], dict[Seeds, Mapping[str, float]]]:
+    """Both, without the cells whose order seed the other has not."""
+    orders = {seeds[1] for seeds in ours} & {seeds[1] for seeds in theirs}
+    first, second = ({s: v for s, v in table.items() if s[1] in orders} for table in (ours, theirs))
+    return first, second
+
+
+def _estimate(tables: Sequence[Mapping[Seeds, Mapping[str, float]]], seed: int) -> Estimate:
+    """Mean of the first table, less that of the second where there is one."""
+    names = sorted(next(iter(tables[0].values())))
+    orders = sorted({cell[1] for table in tables for cell in table})
     rng = np.random.default_rng(seed)
-    counts = {name: _counts(rng, size) for name, size in factors.items()}
-    weights = counts["plan seeds"][:, plans] * counts["order seeds"][:, orders]
-    total = np.einsum("dc,cn,dn->d", weights, values, counts["datasets"])
-    mass = weights.sum(axis=1) * counts["datasets"].sum(axis=1)
-    draws = total[mass > 0] / mass[mass > 0]
-    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(point, float(low), float(high), len(cells), ", ".join(drawn))
+    by_name, by_order = _counts(rng, len(names)), _counts(rng, len(orders))
+    levels = {"order seeds": len(orders), "datasets": len(names), "plan seeds": 1}
+    point, draws = 0.0, np.zeros(NUM_DRAWS)
+    for sign, table in zip((1, -1), tables, strict=False):
+        values = np.array([[cell[name] for name in names] for cell in table.values()], dtype=np.float64)
+        plans = _levels([cell[0] for cell in table])
+        by_plan = _counts(rng, int(plans.max()) + 1)
+        levels["plan seeds"] = max(levels["plan seeds"], int(plans.max()) + 1)
+        weights = by_plan[:, plans] * by_order[:, [orders.index(cell[1]) for cell in table]]
+        mass = (weights.sum(axis=1) * by_name.sum(axis=1)).astype(np.float64)
+        total = np.einsum("dc,cn,dn->d", weights, values, by_name)
+        # Where plan and order seeds are not fully crossed, a draw may take no cell at all.
+        draws += sign * np.divide(total, mass, out=np.full(NUM_DRAWS, np.nan), where=mass > 0)
+        point += sign * float(values.mean())
+    drawn = [name for name, size in levels.items() if size > 1]
+    if not drawn:
+        return Estimate(point, None, None, len(tables[0]), "")
+    low, high = np.nanquantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(point, float(low), float(high), len(tables[0]), ", ".join(drawn))
 
 
 def _levels(labels: Sequence[int | None]) -> np.ndarray:
@@ -148,22 +175,16 @@ def _counts(rng: np.random.Generator, size: int) -> np.ndarray:
     return rng.multinomial(size, np.full(size, 1 / size), NUM_DRAWS) if size > 1 else np.ones((NUM_DRAWS, 1), int)
 
 
-def paired(
-    ours: Mapping[Seeds, Mapping[str, float]], theirs: Mapping[Seeds, Mapping[str, float]]
-) -> dict[Seeds, dict[str, float]]:
-    """Ours − theirs, dataset by dataset, on cells of the same seeds; a cell without plan seed stands for every one."""
-    found = {}
-    for seeds, values in ours.items():
-        other = theirs.get(seeds, theirs.get((None, seeds[1])))
-        if other is not None:
-            found[seeds] = {name: value - other[name] for name, value in values.items() if name in other}
-    return found
-
-
-def won_and_lost(table: Mapping[Seeds, Mapping[str, float]]) -> tuple[int, int]:
-    """Datasets whose mean over the cells lies above 0, and below."""
-    means = [np.mean([values[name] for values in table.values()]) for name in next(iter(table.values()))]
-    return sum(mean > 0 for mean in means), sum(mean < 0 for mean in means)
+def won_and_lost(
+    ours: Mapping[Seeds, Mapping[str, float]], theirs: Mapping[Seeds, Mapping[str, float]] | None = None
+) -> tuple[int, int]:
+    """Datasets whose mean over the cells lies above 0 (or above theirs, at common order seeds), and below."""
+    first, second = (ours, None) if theirs is None else common_orders(ours, theirs)
+    gaps = []
+    for name in next(iter(first.values())):
+        mean = np.mean([values[name] for values in first.values()])
+        gaps.append(mean - (np.mean([values[name] for values in second.values()]) if second else 0.0))
+    return sum(bool(gap > 0) for gap in gaps), sum(bool(gap < 0) for gap in gaps)
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float], seed: int = 0) -> Estimate | None:

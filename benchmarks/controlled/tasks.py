@@ -1,8 +1,8 @@
-"""The experiment's tasks: more than eighty small ones of ten families, from installed packages, without a network.
+"""The experiment's tasks: over eighty small ones of ten families, from installed packages, without a network.
 
 In the families `numbers`, `dates`, `records` and `words` all members are asked about the same things, and the prompt
-says whose answer is wanted ("… Use French."). With `conflict` above 0 that share of the prompts leaves it out: then the
-same prompt has another answer in every dataset of its family, and no model can give all of them.
+says whose answer is wanted ("… Use French."). With `conflict` above 0 that share of the prompts leaves it out: then
+the same prompt has another answer in every dataset of its family, and no model can give all of them.
 """
 
 from __future__ import annotations
