@@ -22,8 +22,8 @@ GRID = 3001  # points of a line that are looked at
 class Curve:
     """Measured points of a line, λ ascending, with θ0 (λ = 0) as the first.
 
-    Between them a loss is a cubic spline through all points (of lower degree where there are fewer than four): straight
-    pieces would lie above a convex loss, and credit every model that is held against them.
+    Between them a loss is a cubic spline through all points (of lower degree where there are fewer than four):
+    straight pieces would lie above a convex loss, and credit every model that is held against them.
 
     Attributes:
         lambdas: [P]. length: ‖θ − θ0‖.
