@@ -97,9 +97,9 @@ def test_a_run_is_refused_by_a_gate_killed_and_resumed_and_repeats_and_loses_not
     assert len(set(keys)) == len(keys)
     check_rows(rows, experiment)
 
-    again = file.read_bytes()
+    whole = file.read_bytes()
     assert run(path, output, "--force").returncode == 0
-    assert file.read_bytes() == again, "a finished experiment is not run again"
+    assert file.read_bytes() == whole, "a finished experiment is not run again"
     assert not list((output / "work").glob("merit-2*")), "models are removed when their rows are there"
 
     text = write_results([file], tmp_path).read_text(encoding="utf-8")

@@ -125,8 +125,12 @@ class Material:
         ]  # fmt: skip
 
     def yardstick(self, split: str) -> MeritConfig:
-        """The CONFIG that models are evaluated by: all tasks in one group, with the held-out rows of one split."""
-        return self.config({"split": "joint"}, self.experiment.sft, self.mixture(held_out=True, split=split))
+        """The CONFIG that models are evaluated by: all tasks in one group, with the held-out rows of one split.
+
+        In float32, as the lines are measured: differences of bfloat16 losses are rounding.
+        """
+        sft = {**self.experiment.sft, "bf16": False, "fp16": False}
+        return self.config({"split": "joint"}, sft, self.mixture(held_out=True, split=split))
 
     def config(
         self, plan: Mapping[str, Any], sft: Mapping[str, Any], datasets: list[dict[str, Any]] | None = None
@@ -143,9 +147,8 @@ class Material:
         return config
 
     def measured(self, plan_seed: int) -> MeritConfig:
-        """The CONFIG of the plan whose gradients all splits of this plan seed are made of."""
-        groups = max((arm.groups for arm in self.experiment.arms if arm.kind == "split"), default=2)
-        section = {**self.experiment.plan, "split": "merit", "num_groups": groups, "seed": plan_seed}
+        """The CONFIG of the plan whose gradients all splits of this plan seed are made of, whatever arms there are."""
+        section = {**self.experiment.plan, "split": "merit", "num_groups": 2, "seed": plan_seed}
         return self.config(section, self.experiment.sft)
 
     def of_cell(self, cell: Cell, parent: PartitionPlan | None) -> list[MeritConfig]:

@@ -218,9 +218,10 @@ class Stages:
         assert measured.conflict_matrix is not None
         groups = {dataset.name: dataset.group for dataset in plan.datasets}
         cosine = within_group_cosine(measured.conflict_matrix, [groups[name] for name in measured.names])
-        found = {"within_group_cosine": cosine, **plan_metrics(measured)}
-        shares = [group.weight for group in plan.groups]
-        found["largest_share"] = max(shares)
+        found = {"within_group_cosine": cosine, "largest_share": max(group.weight for group in plan.groups)}
+        # How stable groups are is known of the groups of a plan of gradients alone, and of its own number of them.
+        found |= {key: value for key, value in plan_metrics(measured).items() if key in ("split_half", "eigengap")}
+        found |= plan_metrics(plan)
         return [fact(name, value) for name, value in found.items() if value == value]
 
     def diagnosed(self, cell: Cell, trained: Trained) -> list[Row]:
