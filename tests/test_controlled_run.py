@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from experiment import cells, read_experiment
+from material import Material
 from record import read_rows
 from results import write_results
+from run import main
+from warmup import build_base, documents
+
+from merit_hf.checkpoint import weights_sha256
+from merit_hf.progress import Progress
+from merit_hf.training import last_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "controlled"
 KINDS = ("joint", "soup-2", "examples-2", "merit-2", "negative-2")
@@ -33,78 +40,93 @@ def small_experiment(folder: Path) -> Path:
     return path
 
 
-def command(path: Path, output: Path, *options: str) -> list[str]:
-    return [sys.executable, str(HERE / "run.py"), str(path), "--output", str(output), *options]
-
-
-def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True)
-
-
-def kill_while_training(arguments: list[str], output: Path, done: str, checkpoint: str) -> None:
-    """SIGKILL once cell `done` is recorded and a training after it has left a checkpoint."""
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            file = output / "results.jsonl"
-            known = file.exists() and f'"cell": "{done}"' in file.read_text(encoding="utf-8", errors="replace")
-            if known and list((output / "work").glob(checkpoint)):
-                process.send_signal(signal.SIGKILL)
-                break
+def kill_when(arguments: list[str], ready: Callable[[], bool]) -> None:
+    """SIGKILL a script of the experiment as soon as `ready`."""
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not ready():
             time.sleep(0.02)
-    assert process.returncode == -signal.SIGKILL
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
 
 
 @pytest.mark.slow
-def test_a_run_is_refused_by_a_gate_killed_and_resumed_and_repeats_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_run_is_refused_by_a_gate_killed_and_resumed_and_repeats_and_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, output = small_experiment(tmp_path), tmp_path / "out"
-    file = output / "results.jsonl"
+    file, arguments = output / "results.jsonl", [str(path), "--output", str(output)]
 
     # Choosing looks at no test row: there is none.
-    done = run(path, output, "--until", "tune", "--force")
-    assert done.returncode == 0, done.stderr
+    main([*arguments, "--until", "tune", "--force"])
     assert {row["split"] for row in read_rows(file) if row["phase"] == "tune"} == {"val"}
     assert not (output / "data" / "test").exists()
     chosen = next(row for row in read_rows(file) if row["phase"] == "choice")
-    losses = chosen["grid"]
-    assert chosen["value"] == float(min(losses, key=losses.__getitem__))
+    assert chosen["value"] == float(min(chosen["grid"], key=chosen["grid"].__getitem__))
 
     # A model that has learnt nothing fails a gate, which is named; no seed is spent, no test row written.
-    done = run(path, output)
-    assert done.returncode == 1
-    assert "exact_match is 0, needed at least 0.2" in done.stderr
-    assert "--force" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    assert refused.value.code == 1
+    told = capsys.readouterr().err
+    assert "exact_match is 0, needed at least 0.2" in told
+    assert "--force" in told
     assert not (output / "data" / "test").exists()
     assert not [row for row in read_rows(file) if row["phase"] == "run"]
 
+    # Killed in the middle of a soup's training, once the joint cell is recorded.
     before = file.read_bytes()
-    kill_while_training(command(path, output, "--force"), output, "joint-o0", "soup-2*/groups/*.part/checkpoint-*")
+    kill_when(
+        [str(HERE / "run.py"), *arguments, "--force"],
+        lambda: (
+            b'"cell": "joint-o0"' in file.read_bytes()
+            and bool(list((output / "work").glob("soup-2*/groups/*.part/checkpoint-*")))
+        ),
+    )
     killed = file.read_bytes()
     assert killed.startswith(before)
-    kill_while_training(
-        command(path, output, "--force"), output, "soup-2-o0", "examples-2*/groups/*.part/checkpoint-*"
-    )
-    done = run(path, output, "--force")
-    assert done.returncode == 0, done.stderr
+    main([*arguments, "--force"])
     assert file.read_bytes().startswith(killed)
 
     experiment = read_experiment(path)[""]
     rates = {arm.name: 3e-3 if arm.kind != "split" else chosen["value"] for arm in experiment.arms}
     rows = [row for row in read_rows(file) if row["phase"] == "run"]
     assert {row["cell"] for row in rows} == {"base", *(cell.name for cell in cells(experiment, rates))}
-    keys = [json.dumps([row["cell"], row["dataset"], row["split"], row["metric"], row.get("lambda"), row.get("group")])
-            for row in rows]  # fmt: skip
-    assert len(set(keys)) == len(keys)
+    marks = ("cell", "dataset", "split", "metric", "lambda", "group")
+    assert len({tuple(row.get(mark) for mark in marks) for row in rows}) == len(rows)
     check_rows(rows, experiment)
 
     whole = file.read_bytes()
-    assert run(path, output, "--force").returncode == 0
+    main([*arguments, "--force"])
     assert file.read_bytes() == whole, "a finished experiment is not run again"
     assert not list((output / "work").glob("merit-2*")), "models are removed when their rows are there"
 
     text = write_results([file], tmp_path).read_text(encoding="utf-8")
     assert "# Trials of the chain: no results" in text
     assert "exact_match | 0.000 | at least 0.2 | **failed**" in text
+
+
+@pytest.mark.slow
+def test_a_warm_up_that_was_killed_goes_on_to_the_same_base_and_leaves_out_what_is_held_out(tmp_path: Path) -> None:
+    path, output = small_experiment(tmp_path), tmp_path / "out"
+    part = output / "base.part"
+    kill_when(
+        [str(HERE / "warmup.py"), str(path), "--output", str(output)],
+        lambda: last_checkpoint(part / "run") is not None,
+    )
+    experiment = read_experiment(path)[""]
+    excluded = Material(experiment, output, output / "base").excluded()
+    assert experiment.base.warmup is not None
+    build_base(experiment.base.warmup, output / "base", excluded, Progress(quiet=True))
+    assert not part.exists()
+    other = build_base(experiment.base.warmup, tmp_path / "straight", excluded, Progress(quiet=True))
+    assert weights_sha256(output / "base") == weights_sha256(other)
+    texts = "".join(documents(experiment.base.warmup, excluded))
+    material = Material(experiment, output, other)
+    names = experiment.data.held_out
+    held = [prompt for name in names for split in ("val", "test") for prompt, _ in material.rows(name, split)]
+    assert not [prompt for prompt in held if f"<|user|>{prompt}<|end|>" in texts]
+    assert "<|user|>" in texts
 
 
 def check_rows(rows: list[dict[str, Any]], experiment: Any) -> None:

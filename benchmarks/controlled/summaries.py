@@ -33,7 +33,9 @@ PREDICTORS = ("within_group_cosine", "predicted_gain@1", "measured_gain", "displ
 
 @dataclass
 class CellRows:
-    """What was measured of a cell: {(split, metric): {dataset: value}}, {(split, λ): {dataset: loss}}, plain facts."""
+    """What was measured of a cell: {(split, metric): {dataset: value}}, {(split, λ, metric): {dataset: value}}, facts
+    of the whole cell, and the groups' own losses on test rows.
+    """
 
     arm: str
     seeds: Seeds
@@ -45,6 +47,7 @@ class CellRows:
     values: dict[tuple[str, str], dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     points: dict[tuple[str, float, str], dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     facts: dict[str, float] = field(default_factory=dict)
+    groups: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
 
     def loss(self, names: Sequence[str], split: str = TEST) -> float:
         return float(np.mean([self.values[split, "loss"][name] for name in names]))
@@ -74,6 +77,7 @@ class ArmSummary:
     forgotten: Estimate | None = None
     exact_match: float | None = None
     length: float | None = None
+    groups_alone: float | None = None
     displacement: float | None = None
     tokens: Mapping[str, float] | None = None
     steps: float | None = None
@@ -160,6 +164,8 @@ class Summary:
                 )
                 found[row["arm"]][seeds] = cell
             if row.get("group") is not None:
+                if (row["split"], row["metric"]) == (TEST, "loss"):
+                    cell.groups[row["group"]][row["dataset"]] = row["value"]
                 continue
             if row["dataset"] is None:
                 cell.facts[row["metric"]] = row["value"]
@@ -247,6 +253,7 @@ class Summary:
             forgotten=crossed_mean({s: self._forgotten(c, base) for s, c in cells.items()}),
             exact_match=self._mean(cells.values(), "score", exact),
             length=self._mean(cells.values(), "length_ratio", self.held_out),
+            groups_alone=self._groups_alone(cells.values()),
             displacement=float(np.mean([cell.displacement for cell in cells.values()])),
             tokens={key: float(np.mean([c.tokens[key] for c in cells.values()])) for key in base.tokens},
             steps=float(np.mean([cell.steps for cell in cells.values()])),
@@ -267,6 +274,28 @@ class Summary:
             cell.values[TEST, metric][name] for cell in cells for name in names if name in cell.values[TEST, metric]
         ]
         return float(np.mean(values)) if values else None
+
+    def _groups_alone(self, cells: Iterable[CellRows]) -> float | None:
+        """Mean loss on the mixture of the groups by themselves."""
+        values = [losses[name] for cell in cells for losses in cell.groups.values() for name in self.mixture]
+        return float(np.mean(values)) if values else None
+
+    @cached_property
+    def line_answers(self) -> list[dict[str, Any]]:
+        """What models on the lines answer: exact match on the mixture, and answer length on the held-out tasks."""
+        exact, found = [task for task in self.mixture if not TASKS[task].free_form], []
+        for arm in self.experiment.lines.of:
+            cells = list(self.cells.get(arm, {}).values())
+            for position in sorted({key[1] for cell in cells for key in cell.points if key[2] == "score"}):
+                score = [cell.points[TEST, position, "score"].get(name) for cell in cells for name in exact]
+                length = [cell.points[TEST, position, "length_ratio"].get(n) for cell in cells for n in self.held_out]
+                found.append(
+                    {
+                        "arm": arm, "lambda": position, "exact_match": _mean_of(score), "length": _mean_of(length),
+                        "displacement": position * float(np.mean([cell.displacement for cell in cells])),
+                    }
+                )  # fmt: skip
+        return found
 
     def _families(self, cells: Iterable[CellRows]) -> dict[str, float]:
         cells = list(cells)
@@ -376,6 +405,11 @@ class Summary:
                     f"{shown(outcome.estimate)} nats, {outcome.won} datasets won, {outcome.lost} lost.{beyond}"
                 )
         return found
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def summaries(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:

@@ -111,6 +111,7 @@ def build_base(warmup: Warmup, folder: Path, excluded: Collection[str], progress
     if folder.exists():
         return folder
     import datasets
+    import torch
     from transformers import AutoTokenizer, Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
@@ -140,6 +141,7 @@ def build_base(warmup: Warmup, folder: Path, excluded: Collection[str], progress
         learning_rate=warmup.learning_rate, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 50),
         weight_decay=0.1, adam_beta2=0.95, seed=warmup.seed, data_seed=warmup.seed, save_steps=warmup.save_steps,
         save_total_limit=2, logging_steps=20, report_to="none", disable_tqdm=True, remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     model = make_model(warmup, tokenizer)
     with progress.stage("Warm-up", total=steps, unit="steps") as stage:
