@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,13 +63,14 @@ class Record:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of complete cells.
+    """The rows of complete cells; the file may be compressed (.gz).
 
     Raises:
         ConfigError: no such file.
     """
     try:
-        return _complete(path.read_bytes())[1]
+        raw = path.read_bytes()
+        return _complete(gzip.decompress(raw) if path.suffix == ".gz" else raw)[1]
     except OSError:
         raise ConfigError(f"{path}: no results there. Give a {NAME} that run.py wrote.") from None
 

@@ -1,7 +1,6 @@
 """One cell of the matrix, by the stages of `merit`: plan, train, merge, evaluate, diagnose, and the line to it.
 
-A cell works in FOLDER/work/ARM-SEEDS-RATE, where every stage goes on if it was stopped, and ends as rows of the
-record.
+A cell works in a folder of its own, where every stage goes on if it was stopped, and ends as rows of the record.
 """
 
 from __future__ import annotations
