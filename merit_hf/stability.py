@@ -94,12 +94,14 @@ class Bootstrap:
         probability: float [T], how often each dataset stays in its own group.
         num_replicas: how many were drawn.
         matrix_error: median over replicas of ‖C* − C‖₂, what sampling noise puts on the matrix.
+        half_agreement: adjusted Rand index of the groups made of the first halves and those made of the second ones.
     """
 
     adjusted_rand_index: float
     probability: np.ndarray
     num_replicas: int
     matrix_error: float
+    half_agreement: float
 
 
 def bootstrap_groups(
@@ -126,7 +128,9 @@ def bootstrap_groups(
         agreement.append(adjusted_rand_score(groups, found))
         stays += match_groups(groups, found) == groups
         errors.append(_spectral_norm(matrix - measured))
-    return Bootstrap(float(np.mean(agreement)), stays / num_replicas, num_replicas, float(np.median(errors)))
+    first, second, _ = products.halves()
+    halves = float(adjusted_rand_score(resplit(first), resplit(second)))
+    return Bootstrap(float(np.mean(agreement)), stays / num_replicas, num_replicas, float(np.median(errors)), halves)
 
 
 def match_groups(groups: np.ndarray, found: np.ndarray) -> np.ndarray:

@@ -103,6 +103,7 @@ def assess(
         facts["stability"] = {
             "adjusted_rand_index": stability.adjusted_rand_index,
             "num_replicas": stability.num_replicas,
+            "half_agreement": stability.half_agreement,
         }
     if test is not None:
         facts["random_test"] = {**vars(test)}

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # A dataset that stays in its group less often than this is named, up to so many.
 SURE = 0.8
 MAX_UNSURE = 5
+# Adjusted Rand index below which the groups of the two halves are told to disagree.
+HALVES_AGREE = 0.5
 
 
 def _shown(name: str) -> str:
@@ -34,7 +36,8 @@ def trust_sentences(plan: PartitionPlan, show: Callable[[str], str] = _shown) ->
     if stability is not None:
         lines.append(
             f"Groups under re-drawn samples: adjusted Rand index {stability['adjusted_rand_index']:.2f} (1 the same, "
-            f"0 chance; {stability['num_replicas']:d} replicas{_of(trust, plan)})." + _unsure(plan, show)
+            f"0 chance; {stability['num_replicas']:d} replicas{_of(trust, plan)}){_halves(stability)}."
+            + _unsure(plan, show)
         )
     if test is not None:
         gain = test["within"] - test["random"]
@@ -63,6 +66,12 @@ def _reliability(facts: dict[str, Any], show: Callable[[str], str]) -> str:
         f"Reliability of the gradients from {facts['num_samples']:d} examples (1: no noise): median "
         f"{facts['median']:.2f}, lowest {facts['lowest']:.2f} ({show(facts['lowest_dataset'])})."
     )
+
+
+def _halves(stability: dict[str, Any]) -> str:
+    """Plans of earlier versions do not hold it."""
+    agreement = stability.get("half_agreement")
+    return "" if agreement is None else f", of the two halves' own groups {agreement:.2f}"
 
 
 def _of(trust: dict[str, Any], plan: PartitionPlan) -> str:
@@ -104,6 +113,10 @@ def trust_verdict(trust: dict[str, Any]) -> str:
         return f"No better than random groups ({numbers}): train jointly, or split at random."
     better = is_better(p_value, test["within"] - test["random"], test["readout_gain"])
     what = "the groups are better than random ones but not stable" if better else "noise may hide the groups"
+    halves = stability.get("half_agreement")
+    if not better and halves is not None and halves < HALVES_AGREE:
+        what = f"the halves of your samples disagree about the groups: this split is noise at n = {samples:d}"
+        numbers += f", index between halves {halves:.2f}"
     if advised is None:
         return f"Weak: {what} ({numbers}), and all examples are used. Take fewer groups, or split at random."
     return f"Weak: {what} ({numbers}). Plan again with plan.num_samples={advised:d} (it had {samples:d})."

@@ -59,6 +59,20 @@ def test_groups_are_matched_by_overlap() -> None:
     assert match_groups(groups, np.array([0, 1, 1, 2, 2, 3])).tolist() == [-1, 0, 0, 1, 1, 2]
 
 
+def test_the_halves_own_groups_agree_where_there_are_blocks_and_not_where_there_is_noise() -> None:
+    found = {}
+    for kind, noise in (("blocks", 0.2), ("noise", 1.0)):
+        indices = []
+        for seed in range(12):
+            rng = np.random.default_rng(seed)
+            made = products(*sample_halves(true_gradients(kind, 20, rng), noise * np.ones(20), rng))
+            groups = split_in_four(made.replica(np.zeros(20)))
+            indices.append(bootstrap_groups(made, groups, split_in_four, 20, seed).half_agreement)
+        found[kind] = float(np.mean(indices))
+    assert found["blocks"] > 0.8
+    assert abs(found["noise"]) < 0.15
+
+
 def bootstrapped_and_fresh(kind: str, noise: float, spread: float, repeats: int = 12) -> tuple[float, float]:
     """Mean index by the bootstrap, and between plans of truly fresh samples of the same datasets."""
     bootstrapped, fresh = [], []

@@ -82,6 +82,8 @@ GOLDEN = {
     "plan.num_samples=534 (it had 200).",
     "weak, noise": f"Weak: noise may hide the groups (p = 0.400, {_NOISY}). Plan again with plan.num_samples=534 (it "
     "had 200).",
+    "weak, halves": "Weak: the halves of your samples disagree about the groups: this split is noise at n = 200 (p = "
+    f"0.400, {_NOISY}, index between halves 0.10). Plan again with plan.num_samples=534 (it had 200).",
     "weak, no more": f"Weak: the groups are better than random ones but not stable (p = 0.001, {_NOISY}), and all "
     "examples are used. Take fewer groups, or split at random.",
     "random": "No better than random groups (p = 0.400, adjusted Rand index 0.30, reliability 0.90): train jointly, "
@@ -91,11 +93,14 @@ GOLDEN = {
 }
 
 
-def told(median: float, index: float | None, test: RandomTest | None, all_sampled: bool = False) -> dict[str, Any]:
+def told(
+    median: float, index: float | None, test: RandomTest | None, all_sampled: bool = False, halves: float | None = None
+) -> dict[str, Any]:
+    agreement = {} if halves is None else {"half_agreement": halves}
     reliability = facts(median, needed=534)
     return {
         "num_datasets": 4, "reliability": reliability, "random_test": None if test is None else vars(test),
-        "stability": None if index is None else {"adjusted_rand_index": index, "num_replicas": 200},
+        "stability": None if index is None else {"adjusted_rand_index": index, "num_replicas": 200, **agreement},
         "axes": {"eigengaps": [0.5], "readout_error": 0.02, "readout_sin_angle": [0.04], "sampling_error": 0.1,
                  "sampling_sin_angle": [0.2]},
         **judge(reliability, index, test, all_sampled),
@@ -106,6 +111,7 @@ TOLD = {
     "follow": told(0.9, 0.9, BETTER),
     "weak": told(0.4, 0.3, BETTER),
     "weak, noise": told(0.4, 0.3, CHANCE),
+    "weak, halves": told(0.4, 0.3, CHANCE, halves=0.1),
     "weak, no more": told(0.4, 0.3, BETTER, all_sampled=True),
     "random": told(0.9, 0.3, CHANCE),
     "few": told(0.9, 0.9, replace(BETTER, smallest_p=0.06)),
@@ -244,7 +250,7 @@ def test_of_very_many_datasets_a_random_choice_is_assessed() -> None:
     found = assess(readouts(first, second), [str(i) for i in range(count)], groups, split, {}, SECTION)
     assert sum(share is not None for share in found.probability) == MAX_DATASETS
     assert found.facts["num_datasets"] == MAX_DATASETS
-    assert found.facts["stability"] == {"adjusted_rand_index": 1.0, "num_replicas": 20}
+    assert found.facts["stability"] == {"adjusted_rand_index": 1.0, "num_replicas": 20, "half_agreement": 1.0}
     assert (count_replicas(12, "merit"), count_replicas(200, "merit"), count_replicas(12, "kmeans")) == (200, 200, 20)
     assert 20 <= count_replicas(500, "merit") < 50
 

@@ -157,6 +157,43 @@ def test_rho() -> None:
     assert "no_gain" in codes(numbers)
 
 
+def test_a_plan_that_may_be_noise_is_told_before_training_and_noted_after_it() -> None:
+    trust = {
+        "verdict": "random", "advised_num_samples": None, "reliability": {"num_samples": 200, "median": 0.9},
+        "random_test": {"p_value": 0.4, "within": 0.1, "random": 0.1, "readout_gain": None},
+        "stability": {"adjusted_rand_index": 0.1, "num_replicas": 200, "half_agreement": 0.0},
+    }  # fmt: skip
+    base = {"kind": "base", "overall": {"loss": {"base": 3.0}, "perturbation": []}, "datasets": {}}
+    found = judge(base, 1e-4, trust=trust)
+    assert found["status"] == "caution"
+    assert "No better than random groups (p = 0.400" in found["summary"]
+    after = judge(content(), 1e-4, trust=trust)
+    assert after["status"] == "healthy", "the merge itself is well"
+    assert "plan_may_be_noise" in {finding["code"] for finding in after["findings"]}
+    for verdict in ("follow", "unknown"):
+        assert judge(base, 1e-4, trust=trust | {"verdict": verdict})["findings"] == []
+
+
+@pytest.mark.parametrize(("change", "told"), [(-0.1, True), (-0.4, False), (-0.301, False)])
+def test_a_mixture_of_which_joint_training_learns_little_is_noted(change: float, told: bool) -> None:
+    numbers = content()
+    numbers["overall"]["changes"]["joint-base"] = estimate(change)
+    found = judge(numbers, 1e-4)
+    assert ("little_to_learn" in codes(numbers)) == told
+    assert found["status"] == "healthy"
+
+
+def test_a_mean_that_went_too_far_is_a_caution_with_a_lower_rate_as_its_remedy() -> None:
+    numbers = content()
+    numbers["overall"]["changes"]["mean-halfway"] = estimate(0.2)
+    found = judge(numbers, 1e-4)
+    assert found["status"] == "caution"
+    assert "the second half of its way from the base raises the loss by 0.200 nats" in found["summary"]
+    assert "Lower sft.learning_rate (0.0001 now)" in found["remedy"]
+    numbers["overall"]["changes"]["mean-halfway"] = estimate(-0.2)
+    assert "mean_overshot" not in codes(numbers)
+
+
 def test_averaging_that_did_harm() -> None:
     numbers = content()
     numbers["overall"]["gain"]["measured"] = estimate(-0.3)

@@ -219,9 +219,13 @@ def barriers(survey: Survey, draws: Draws) -> list[dict[str, Any]]:
 
 
 def changes(survey: Survey, draws: Draws) -> dict[str, Any]:
-    """Estimates of L(first) − L(second) for the pairs that matter."""
+    """Estimates of L(first) − L(second) for the pairs that matter; `halfway` lies between base and mean."""
     models = survey.models()
-    pairs = [("mean", "base"), ("mean", "joint"), ("mean", "line"), ("merged", "mean")]
+    if survey.several:
+        points = survey.on_path(("base", "mean"))
+        models["halfway"] = points[len(points) // 2]
+    pairs = [("mean", "base"), ("mean", "joint"), ("mean", "line"), ("merged", "mean"), ("joint", "base")]
+    pairs += [("mean", "halfway")]
     pairs += [(f"group-{k}", "base") for k in survey.weights]
     return {
         f"{one}-{two}": draws.estimate(draws.at(models[one]) - draws.at(models[two]))

@@ -105,7 +105,7 @@ def diagnose(
     content["settings"] |= {key: made.get(key) for key in ("adapters", "interpolate_to_init")}
     content["cost"] |= {"seconds": round(time.monotonic() - start, 1)}
     vocab_size = read_model_config(located["base"]).get("vocab_size")
-    content["verdict"] = judge(content, plan.sft.get("learning_rate"), vocab_size)
+    content["verdict"] = judge(content, plan.sft.get("learning_rate"), vocab_size, plan.trust)
     content = rounded(content)
     save_diagnosis(content, Path(output))
     return content

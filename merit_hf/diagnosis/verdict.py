@@ -26,12 +26,14 @@ from merit_hf.diagnosis.evidence import (
     some,
     spoken,
 )
+from merit_hf.trust_words import trust_verdict
 
 PROMPT_EFFECT = 0.1  # nats: what the right prompt is worth to an answer that follows from it
 RHO_RANGE = (0.8, 1.2)  # of a basin that is quadratic as far as the groups reach
 NOT_THE_MEAN = 0.05  # of the mean's displacement
 SHARP = 0.1  # of the base's loss, gained by noise of READY_SIGMA
 READY_SIGMA = 0.05
+LITTLE_LEARNT = 0.3  # nats, of joint training
 UNTRAINED = 0.9  # of the loss of guessing every token alike
 
 _ROUGHLY = "What is predicted of this merge holds only roughly: judge it by the measured losses."
@@ -57,13 +59,19 @@ class Finding:
     datasets: list[str] = field(default_factory=list)
 
 
-def judge(content: Mapping[str, Any], learning_rate: float | None, vocab_size: int | None = None) -> dict[str, Any]:
+def judge(
+    content: Mapping[str, Any],
+    learning_rate: float | None,
+    vocab_size: int | None = None,
+    trust: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """{"status", "summary", "remedy", "findings"} of a diagnosis without its verdict.
 
     Args:
         learning_rate: of the plan, for the remedy. vocab_size: of the base; tells an untrained one.
+        trust: of the plan: whether its groups are more than noise.
     """
-    findings = _base_findings(content, vocab_size)
+    findings = _base_findings(content, vocab_size) + _plan_findings(content, trust or {})
     if content["kind"] == "groups":
         findings = _group_findings(content, learning_rate) + _merge_findings(content, learning_rate) + findings
     findings.sort(key=lambda finding: -_STATUS[finding.severity])
@@ -168,6 +176,13 @@ def _merge_findings(content: Mapping[str, Any], learning_rate: float | None) -> 
             )
             findings.append(Finding("barrier_between_groups", CAUTION, text, _lower(learning_rate)))
         findings += _rho_findings(gain)
+    back = overall["changes"].get("mean-halfway")
+    if above(back):
+        text = (
+            f"The mean went too far: the second half of its way from the base raises the loss by {nats(back)}, and "
+            "more epochs would raise it further."
+        )
+        findings.append(Finding("mean_overshot", CAUTION, text, _lower(learning_rate)))
     forgot = [name for name, entry in content["datasets"].items() if above(entry["changes"]["mean-base"])]
     if forgot:
         chance = not more_than_chance(len(forgot), len(content["datasets"]))
@@ -224,6 +239,13 @@ def _control_findings(content: Mapping[str, Any]) -> list[Finding]:
         if content["settings"]["adapters"] == "svd":
             cure = "Its rank was cut: merge with a higher `--svd-rank`, or exactly with `--adapters concat`."
         findings.append(Finding("not_the_mean", CAUTION, text, cure))
+    gained = overall["changes"].get("joint-base")
+    if gained is not None and gained["low"] is not None and gained["low"] > -LITTLE_LEARNT:
+        text = (
+            f"Joint training changes the held-out loss by {signed(gained)}: less than {LITTLE_LEARNT} nats leave "
+            "little that one split could do better than another."
+        )
+        findings.append(Finding("little_to_learn", NOTE, text))
     line = overall["changes"].get("mean-line")
     if line is not None:
         each = [entry["changes"]["mean-line"] for entry in content["datasets"].values()]
@@ -240,6 +262,15 @@ def _control_findings(content: Mapping[str, Any]) -> list[Finding]:
                 text = f"The mean is worse than {what}: here the joint model, moved less, does better than the split."
             findings.append(Finding("line_as_good", NOTE, text))
     return findings
+
+
+def _plan_findings(content: Mapping[str, Any], trust: Mapping[str, Any]) -> list[Finding]:
+    """Groups that are noise cannot show what splitting does, however well they merge."""
+    if trust.get("verdict") not in ("weak", "random"):
+        return []
+    severity = CAUTION if content["kind"] == "base" else NOTE
+    text = f"The plan is not one to draw conclusions from. {trust_verdict(dict(trust))}"
+    return [Finding("plan_may_be_noise", severity, text)]
 
 
 def _base_findings(content: Mapping[str, Any], vocab_size: int | None) -> list[Finding]:

@@ -1,0 +1,270 @@
+"""A controlled experiment: gates, learning rates, then every arm at every seed; one command, which can be killed.
+
+    python benchmarks/controlled/run.py benchmarks/controlled/smoke.yaml --output runs/controlled/smoke
+
+Raw results go to OUTPUT/results.jsonl, a cell at a time; running the same command again does what is missing.
+`results.py` makes tables and figures of them. The order:
+
+1. data (training and validation rows alone), base, the plan of the first seed; gates on the plan
+2. every arm at every learning rate of the grid, at the first seeds; the best by the mixture's validation loss
+3. gates on joint training and on the merged model; a mixture that fails stops here, unless --force
+4. the test rows are written, and every cell of the matrix runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiment import (
+    BASE,
+    Arm,
+    Cell,
+    Experiment,
+    cells,
+    commit,
+    digest,
+    machine,
+    read_experiment,
+    seed_pairs,
+    tuning_cells,
+)
+from gates import AFTER_TRAINING, BEFORE_TRAINING, gate_facts, judge
+from material import VAL, Material
+from record import CHOICE, GATE, SETUP, TUNE, Record, select
+from stages import Row, Stages, fact, plan_metrics
+
+from merit_hf.config import ConfigError, MeritError
+from merit_hf.entry import exit_on_error
+from merit_hf.planner import MeritPlanner
+from merit_hf.quiet import quiet_libraries
+from merit_hf.versions import library_versions
+
+UNTIL = ("gates", "tune", "all")
+
+
+class Run:
+    """One condition of an experiment, in its folder, recorded in its record."""
+
+    def __init__(self, experiment: Experiment, condition: str, folder: Path, base: Path, record: Record) -> None:
+        self.experiment, self.condition, self.record = experiment, condition, record
+        self.material = Material(experiment, folder, base)
+        self.stages = Stages(experiment, condition, self.material, folder)
+        self.say = self.stages.progress.note
+
+    def key(self, name: str) -> str:
+        return f"{self.condition}:{name}" if self.condition else name
+
+    def known(self, **wanted: Any) -> list[Row]:
+        return [dict(row) for row in select(self.record.rows, condition=self.condition, **wanted)]
+
+    def measure(self, until: str, force: bool, excluded: Collection[str] = ()) -> None:
+        """Everything up to `until`; `excluded` as in [`Material.prepare`].
+
+        Raises:
+            MeritError: the mixture fails a gate, and `force` is not set.
+        """
+        self._setup()
+        self.material.prepare(self.stages.progress, excluded)
+        self._plan_gate()
+        self._check(BEFORE_TRAINING, force)
+        rates = self._tune()
+        if until == "tune":
+            return
+        self._training_gates(rates)
+        self._check(AFTER_TRAINING, force)
+        if until == "gates":
+            return
+        self.material.unseal()
+        self._matrix(rates)
+
+    def _setup(self) -> None:
+        content = self.experiment.model_dump(mode="json")
+        found = self.known(phase=SETUP)
+        if found and found[0]["digest"] != digest(self.experiment):
+            raise ConfigError(
+                f"{self.record.path}: holds results of other settings than {self.experiment.name}'s (data, base, "
+                "plan, sft, tune, evaluation or diagnosis). Give another --output, or delete it."
+            )
+        name = self.key(f"setup/{len(found)}")
+        if not found or found[-1]["experiment"] != content:
+            row = {
+                "phase": SETUP, "condition": self.condition, "digest": digest(self.experiment), "experiment": content,
+                "machine": machine(), "versions": library_versions(), "commit": commit(),
+            }  # fmt: skip
+            self.record.append(name, [row])
+
+    # ------------------------------------------------------------ gates
+
+    def _gate(self, part: str, rows: Sequence[Row]) -> None:
+        marked = [{**row, "part": part} for row in rows]
+        self.record.append(self.key(f"gate/{part}"), marked)
+
+    def _plan_gate(self) -> None:
+        """The plan of the arm that the gates look at: its halves, and the stability of its groups."""
+        if self.key("gate/plan") in self.record.cells:
+            return
+        cell = self._first(self.experiment.gates.merit)
+        assert cell.plan_seed is not None
+        parent = self.stages.measured_plan(cell.plan_seed)
+        folder = self.stages.folder / "plans" / f"gate-{cell.arm}"
+        plan = MeritPlanner(self.material.of_cell(cell, parent)[0], self.stages.quiet, parent=parent).plan(folder)
+        found = [fact(name, value) for name, value in plan_metrics(plan).items()]
+        self._gate("plan", self.stages.rows(cell, GATE, found))
+
+    def _training_gates(self, rates: dict[str, float]) -> None:
+        """Base and joint with their answers, the merged model with its diagnosis, and the same with more epochs."""
+        gates, stages = self.experiment.gates, self.stages
+        joint, merit = (self._first(name, rates[name]) for name in (gates.joint, gates.merit))
+        if self.key(f"gate/{BASE}") not in self.record.cells:
+            models = {BASE: stages.yardstick(VAL).base_folder()}
+            self._gate(BASE, stages.rows(None, GATE, stages.evaluated(models, VAL)))
+        if self.key(f"gate/{joint.arm}") not in self.record.cells:
+            trained = stages.train(joint)
+            found = stages.evaluated({joint.arm: trained.model}, VAL, answers=True)
+            self._gate(joint.arm, stages.rows(joint, GATE, found, trained))
+        if self.key(f"gate/{merit.arm}") not in self.record.cells:
+            trained = stages.train(merit)
+            found = stages.evaluated({merit.arm: trained.model}, VAL) + stages.diagnosed(merit, trained)
+            self._gate(merit.arm, stages.rows(merit, GATE, found, trained))
+        if self.key("gate/longer") not in self.record.cells:
+            longer = self._longer(merit)
+            trained = longer.train(merit)
+            found = longer.evaluated({merit.arm: trained.model}, VAL)
+            self._gate("longer", longer.rows(merit, GATE, found, trained))
+            longer.forget(merit)
+
+    def _longer(self, cell: Cell) -> Stages:
+        """The stages of an experiment whose merged arm trains for more epochs."""
+        arm = self.experiment.arm(cell.arm)
+        epochs = {**self.experiment.sft, **arm.sft}.get("num_train_epochs", 1) * self.experiment.gates.more_epochs
+        changed = arm.model_copy(update={"sft": {**arm.sft, "num_train_epochs": epochs}})
+        arms = [changed if known.name == arm.name else known for known in self.experiment.arms]
+        experiment = self.experiment.model_copy(update={"arms": arms})
+        folder = self.stages.folder
+        longer = Stages(experiment, self.condition, Material(experiment, folder, self.material.base_folder), folder)
+        # The same gradients and yardsticks, but models of its own.
+        longer.place = folder / "work" / "longer"
+        return longer
+
+    def _check(self, names: Sequence[str], force: bool) -> None:
+        facts = gate_facts(self.known(phase=GATE), self.experiment.gates, self.experiment.data.datasets)
+        found = judge(self.experiment.gates, facts, names)
+        for gate in found:
+            self.say(
+                f"gate {gate.name}: {'passed' if gate.passed else 'FAILED'} ({_shown(gate.value)}, {gate.needed})"
+            )
+        failed = [gate for gate in found if not gate.passed]
+        if failed and not force:
+            where = f"{self.experiment.name}, condition {self.condition}" if self.condition else self.experiment.name
+            told = " ".join(gate.sentence for gate in failed)
+            raise MeritError(f"{where}: no seeds are spent on this mixture. {told} Or override with --force.")
+
+    # ------------------------------------------------------------ learning rates
+
+    def _first(self, name: str, rate: float | None = None) -> Cell:
+        arm = self.experiment.arm(name)
+        plan_seed, order_seed = seed_pairs(self.experiment, arm)[0]
+        default = arm.learning_rate or self.experiment.tune.learning_rates[0]
+        return Cell(name, plan_seed, order_seed, default if rate is None else rate)
+
+    def _tune(self) -> dict[str, float]:
+        """{arm: learning rate}; validation rows alone are looked at, and test rows do not exist yet."""
+        for cell in tuning_cells(self.experiment):
+            if self.key(cell.name) not in self.record.cells:
+                self.say(f"tuning: {cell.work}")
+                self.record.append(self.key(cell.name), self.stages.tuning_cell(cell))
+        rates = {}
+        for arm in self.experiment.arms:
+            source = self.experiment.rate_from(arm)
+            rates[arm.name] = source.learning_rate or self._choose(source)
+        return rates
+
+    def _choose(self, arm: Arm) -> float:
+        """The learning rate with the lowest mean validation loss over the mixture, as chosen once and for all."""
+        name = self.key(f"choice/{arm.name}")
+        if name not in self.record.cells:
+            tuned = self.known(phase=TUNE, arm=arm.name)
+            losses = {
+                rate: _mixture_loss(tuned, rate, self.experiment.data.datasets)
+                for rate in self.experiment.tune.learning_rates
+            }
+            best = min(losses, key=lambda rate: losses[rate])
+            if math.isinf(losses[best]):
+                raise MeritError(f"arm `{arm.name}` diverged at every learning rate of the grid. Give lower ones.")
+            cell = self._first(arm.name, best)
+            grid = {f"{rate:g}": None if math.isinf(loss) else loss for rate, loss in losses.items()}
+            self.record.append(
+                name, self.stages.rows(cell, CHOICE, [{**fact("learning_rate", best, VAL), "grid": grid}])
+            )
+            for rate in self.experiment.tune.learning_rates:
+                if rate != best:
+                    self.stages.forget(replace(cell, learning_rate=rate))
+        return float(self.known(phase=CHOICE, arm=arm.name)[0]["value"])
+
+    # ------------------------------------------------------------ the matrix
+
+    def _matrix(self, rates: dict[str, float]) -> None:
+        if self.key(BASE) not in self.record.cells:
+            self.record.append(self.key(BASE), self.stages.base_cell())
+        wanted = list(cells(self.experiment, rates))
+        for number, cell in enumerate(wanted, 1):
+            if self.key(cell.name) not in self.record.cells:
+                self.say(f"cell {number} of {len(wanted)}: {cell.work}")
+                self.record.append(self.key(cell.name), self.stages.run_cell(cell))
+            self.stages.forget(cell)
+
+
+def _mixture_loss(rows: Sequence[Row], rate: float, names: Sequence[str]) -> float:
+    """Mean over datasets; infinite where the training failed."""
+    losses = [
+        row["value"]
+        for row in rows
+        if row["learning_rate"] == rate and row["metric"] == "loss" and row["split"] == VAL and row["dataset"] in names
+    ]
+    return sum(losses) / len(losses) if losses else math.inf
+
+
+def _shown(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3g}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="Kill it at any time; the same command goes on where it stopped."
+    )
+    parser.add_argument("experiment", type=Path, help="an experiment's YAML, such as benchmarks/controlled/smoke.yaml")
+    parser.add_argument("--output", type=Path, required=True, help="folder for data, models and results.jsonl")
+    parser.add_argument("--until", choices=UNTIL, default="all", help="stop after the gates, or after tuning")
+    parser.add_argument("--only", metavar="CONDITION", help="one of the experiment's conditions")
+    parser.add_argument("--force", action="store_true", help="go on with a mixture that fails a gate")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    quiet_libraries()
+    with exit_on_error(options.debug), Record(options.output) as record:
+        refused = []
+        for condition, experiment in read_experiment(options.experiment).items():
+            if options.only not in (None, condition):
+                continue
+            folder = options.output / condition if condition else options.output
+            try:
+                Run(experiment, condition, folder, options.output / "base", record).measure(
+                    options.until, options.force
+                )
+            except MeritError as error:
+                if not condition or options.only:
+                    raise
+                # One condition's mixture may fail a gate where another's does not.
+                refused.append(str(error))
+        if refused:
+            raise MeritError(" ".join(refused))
+        sys.stderr.write(f"{record.path}: {len(record.rows):,} rows of {len(record.cells):,} cells.\n")
+
+
+if __name__ == "__main__":
+    main()
