@@ -100,7 +100,7 @@ class SlurmCluster:
         """`PENDING`, `RUNNING`, … of a job, such as `3_0`."""
         return self("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
-    def until(self, ready: Callable[[], object], what: str, seconds: float = 120.0) -> None:
+    def until(self, ready: Callable[[], object], what: str, seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
             assert time.monotonic() < deadline, f"no {what} after {seconds:.0f} s:\n{self.logs()}"

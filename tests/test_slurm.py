@@ -75,8 +75,8 @@ def is_training(output: Path, start: int) -> bool:
 
 def training_process(output: Path) -> psutil.Process:
     """The process that trains, not the launcher above it."""
-    for process in psutil.process_iter():
-        words = process.cmdline() if process.is_running() else []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
         if words[1:3] == ["-m", "merit_hf.training"] and str(output) in words:
             return process
     raise AssertionError(f"nobody trains {output}")

@@ -86,8 +86,8 @@ class Story:
         """The process that trains a group, once it makes steps."""
         if "step" not in self.log(group).rpartition("merit: started ")[2]:
             return None
-        for process in psutil.process_iter():
-            words = process.cmdline() if process.is_running() else []
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
             if words[1:3] == ["-m", "merit_hf.training"] and str(self.folder / f"groups/{group}") in words:
                 return process
         return None
