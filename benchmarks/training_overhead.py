@@ -78,7 +78,7 @@ def main() -> None:
         if name == "Losses of plain TRL beside ours":
             lines = losses_section(small, options.quickstart / "data", scratch)
         elif name == "Overhead: Llama, 5M":
-            lines = overhead_section(name, small, 40, options.rounds, options.quickstart / "data", scratch)
+            lines = overhead_section(name, small, 20, options.rounds, options.quickstart / "data", scratch)
         else:
             base = options.quickstart / "base"
             lines = overhead_section(name, base, 8, max(2, options.rounds // 2), options.quickstart / "data", scratch)

@@ -136,7 +136,7 @@ def test_groups_together_train_on_the_tokens_of_joint_training(
 def test_a_kill_and_a_resume_leave_the_budget_as_it_is(
     both: Callable[..., tuple[PartitionPlan, PartitionPlan]], tmp_path: Path
 ) -> None:
-    split, joint = both(num_train_epochs=4, per_device_train_batch_size=5)
+    split, joint = both(num_train_epochs=8, per_device_train_batch_size=5)
     placement = {"save_strategy": "steps", "save_steps": 2}
     state = tmp_path / "0.part" / "checkpoint-2" / "trainer_state.json"
     job = jobs.Job(jobs.train, [split.folder, 0, tmp_path / "0", placement], tmp_path / "log")

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import jobs
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -89,15 +88,15 @@ def test_nor_where_the_training_draws_random_numbers(make_plan: Callable[..., Pa
 
 
 def test_a_resume_keeps_the_losses_and_goes_on_with_them(
-    evaluated: Path, tiny_plan: PartitionPlan, tmp_path: Path
+    evaluated: Path, tiny_plan: PartitionPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    placement = {**EVALUATE, "eval_on_start": True, "save_steps": 1}
-    job = jobs.Job(jobs.train, [tiny_plan.folder, 0, tmp_path / "0", placement], tmp_path / "log")
-    assert job.kill_when((tmp_path / "0.part" / "checkpoint-3" / "trainer_state.json").exists), job.output
-    again = jobs.Job(jobs.train, [tiny_plan.folder, 0, tmp_path / "0", placement], tmp_path / "again")
-    assert again.wait() == 0, again.output
+    placement = {**EVALUATE, "eval_on_start": True}
+    train_group(tiny_plan, 0, tmp_path / "0", {**placement, "train.stop_at_step": 3}, progress=QUIET)
+    train_group(tiny_plan, 0, tmp_path / "0", placement)
     name = tiny_plan.group(0).datasets[0]
-    assert f"held-out loss of {name} " in job.output + again.output
+    shown = capsys.readouterr().err
+    assert "going on from checkpoint-3" in shown
+    assert f"held-out loss of {name} {history(evaluated, f'eval_{name}_loss')[6]:.3f} at step 6" in shown
     assert (tmp_path / "0" / "model.safetensors").read_bytes() == (evaluated / "model.safetensors").read_bytes()
     assert history(tmp_path / "0", f"eval_{name}_loss")[6] == history(evaluated, f"eval_{name}_loss")[6]
     assert read_manifest(tmp_path / "0")["held_out_loss"][0]["first_step"] == 0

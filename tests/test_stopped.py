@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jobs
 import pytest
-from safetensors.torch import load_file
 from test_callback import sft_script
 from transformers import TrainerCallback
 
@@ -107,17 +106,22 @@ def test_without_what_it_goes_on_from_it_is_kept(stopped: Path, tiny_plan: Parti
     assert folder.exists()
 
 
-def test_what_a_lost_machine_saved_is_published_without_another_step(tiny_plan: PartitionPlan, tmp_path: Path) -> None:
-    job = jobs.Job(jobs.train, [tiny_plan.folder, 0, tmp_path / "0", {}], tmp_path / "log")
-    assert job.kill_when((tmp_path / "0.part" / "checkpoint-2" / "trainer_state.json").exists), job.output
-    saved = max(int(p.parent.name[11:]) for p in (tmp_path / "0.part").glob("checkpoint-*/trainer_state.json"))
-    (tmp_path / "0.part" / "STOP").touch()
-    folder = train_group(tiny_plan, 0, tmp_path / "0", progress=QUIET)
+def test_what_a_lost_machine_saved_is_published_without_another_step(
+    stopped: Path, tiny_plan: PartitionPlan, tmp_path: Path
+) -> None:
+    folder = copied(stopped, tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    # A machine that is lost leaves its saves alone.
+    shutil.rmtree(folder)
+    (folder.with_name("0.part") / "STOP").touch()
+    train_group(tiny_plan, 0, folder, progress=QUIET)
     manifest = read_manifest(folder)
-    assert (manifest["status"], manifest["num_steps"]) == ("stopped", saved)
-    assert load_file(folder / "model.safetensors").keys()
+    assert (manifest["status"], manifest["num_steps"]) == ("stopped", 4)
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert {"mix.json", "mix.parquet", "trainer_state.json"} <= {path.name for path in folder.iterdir()}
+    assert not list(folder.glob("*.pt*"))
     assert failed(verify_checkpoint(tiny_plan, folder, allow_partial=True, progress=QUIET)) is None
-    assert not (tmp_path / "0.part" / "STOP").exists()
+    assert not (folder.with_name("0.part") / "STOP").exists()
 
 
 def test_a_file_and_a_clock_stop_it_too(tiny_plan: PartitionPlan, tmp_path: Path) -> None:
