@@ -93,7 +93,7 @@ class MeritCallback(TrainerCallback, ExportableState):
                 "base anew for every group."
             )
         if before is not None:
-            self._check_restored(model, state)
+            self._check_restored(trainer, model)
         _trained_models.add(weights)
         self._status = "training"
         self.final_loss = next((float(log["loss"]) for log in reversed(state.log_history) if "loss" in log), None)
@@ -267,13 +267,14 @@ class MeritCallback(TrainerCallback, ExportableState):
                 "or plan again with base.freeze."
             )
 
-    def _check_restored(self, model: PreTrainedModel, state: TrainerState) -> None:
-        # The first step of a warm-up may move nothing. A sharded model is restored by names of its own.
-        if state.global_step < 2 or self.plan.peft or wrapper_name(model) is not None:
+    def _check_restored(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        # The first step of a warm-up may move nothing. A sharded model is restored from files of its own.
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if trainer.state.global_step < 2 or self.plan.peft or sharded:
             return
-        if is_still_the_base(model, self.plan.base_folder()):
+        if is_still_the_base(model, self.plan.base_folder):
             raise MeritError(
-                f"group {self.group}: resumed at step {state.global_step}, but with the weights of the base: "
+                f"group {self.group}: resumed at step {trainer.state.global_step}, but with the weights of the base: "
                 "transformers' Trainer does not restore tensors that it renames while loading. Resume with `merit "
                 "train`, or load the checkpoint's weights into the model yourself."
             )

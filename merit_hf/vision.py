@@ -7,7 +7,7 @@ TRL tokenises rows with images only when it collates a batch, so they stay besid
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +118,24 @@ def saved_names(model: Any) -> dict[str, str]:
     return {name: saved.get(id(tensor), name) for name, tensor in held.items()}
 
 
-def is_still_the_base(model: nn.Module, base: Path) -> bool:
-    """Whether every trained tensor that transformers renames while loading is, number by number, the base's."""
-    index, names = read_tensor_index(base), saved_names(model)
-    renamed = [
-        (names[name], tensor)
-        for name, tensor in model.named_parameters()
-        if tensor.requires_grad and names[name] != name and names[name] in index
-    ]
-    for name, tensor in renamed:
-        with safe_open(str(base / index[name].file), framework="pt") as file:
-            if not torch.equal(file.get_tensor(name).to(tensor.dtype), tensor.detach().cpu()):
-                return False
-    return bool(renamed)
+def is_still_the_base(model: nn.Module, base: Callable[[], Path]) -> bool:
+    """Whether every trained tensor that transformers renames while loading is, number by number, the base's.
+
+    Args:
+        base: where the base lies; asked only where tensors are renamed.
+    """
+    names = saved_names(model)
+    trained = {names[name]: p for name, p in model.named_parameters() if p.requires_grad and names[name] != name}
+    if not trained:
+        return False
+    folder = base()
+    index = read_tensor_index(folder)
+    for name, tensor in trained.items():
+        if name in index:
+            with safe_open(str(folder / index[name].file), framework="pt") as file:
+                if not torch.equal(file.get_tensor(name).to(tensor.dtype), tensor.detach().cpu()):
+                    return False
+    return True
 
 
 def names_of_trained(model: Any) -> set[str]:
