@@ -127,7 +127,7 @@ class Average:
             for checkpoint in self._checkpoints:
                 checkpoint.read_ahead(later.name, later.start, later.stop)
         adds = info.dtype in FLOATS
-        read = [
+        read: list[Any] = [
             checkpoint.stored(chunk.name) if self._device == "cpu" or not adds else checkpoint.flat(chunk.name)
             for checkpoint in self._checkpoints
         ]

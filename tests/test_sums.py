@@ -82,6 +82,18 @@ def test_exact_and_almost_middles(weights: list[float]) -> None:
     assert np.array_equal(out.view(np.uint16), bfloat16(mean))
 
 
+def test_few_sums_that_float32_puts_on_the_wrong_side_of_a_middle() -> None:
+    """In more places than a few, all would be summed in float64."""
+    generator = np.random.default_rng(0)
+    first = bfloat16(generator.standard_normal(SIZE))
+    other = first + (generator.random(SIZE) < 0.02).astype(np.uint16)
+    for fractions in ([0.3, 0.2, 0.5], [0.1, 0.4, 0.5], [0.37, 0.13 - 2**-30, 0.5 + 2**-30]):
+        parts = [first, first, first, other]
+        out, _ = merged(parts, fractions)
+        mean, _, _ = exact(parts, fractions)
+        assert np.array_equal(out.view(np.uint16), bfloat16(mean))
+
+
 def test_weights_beyond_1_and_below_0() -> None:
     """θ0 + 1.5 (θ̄ − θ0): θ0 is a term of its own."""
     generator = np.random.default_rng(0)
