@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 from experiment import BASE
 from record import read_rows
-from summaries import Summary, shown, summaries
+from summaries import Summary, across_conditions, shown, summaries
 
 from merit_hf.entry import exit_on_error
 
@@ -44,6 +44,7 @@ def write_results(files: Sequence[Path], output: Path) -> Path:
         results=[summary for summary in found if summary.experiment.claims],
         trials=[summary for summary in found if not summary.experiment.claims],
         pictures=pictures,
+        across=across_conditions([summary for summary in found if summary.experiment.claims]),
         sources=[file.name for file in files],
     )
     path = output / "RESULTS.md"

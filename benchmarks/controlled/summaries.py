@@ -356,26 +356,29 @@ class Summary:
 
     @cached_property
     def predictors(self) -> list[dict[str, Any]]:
-        """Rank correlation, over all splits into groups, of what is known of a split with its excess."""
-        splits = [arm.name for arm in self.experiment.arms if arm.kind == "split"]
-        line = self.experiment.outcome.lines[0]
-        outcome = {
-            (name, seeds): float(np.mean(list(values.values())))
-            for name in splits
-            for seeds, values in self.excesses(name, line, "displacement")[0].items()
-        }
-        found = []
-        for metric in PREDICTORS:
-            x, y = [], []
-            for (name, seeds), value in outcome.items():
-                cell = self.cells[name][seeds]
-                known = cell.displacement if metric == "displacement" else cell.facts.get(metric)
-                if known is not None:
-                    x.append(known)
-                    y.append(value)
-            estimate = rank_correlation(x, y)
-            found.append({"metric": metric, "splits": len(x), "estimate": estimate})
+        """Rank correlation of what is known of a split with its excess, over the random splits of one arm."""
+        line, found = self.experiment.outcome.lines[0], []
+        for arm in self.experiment.arms:
+            cells = self.cells.get(arm.name, {})
+            if arm.split != "random" or not cells:
+                continue
+            outcome = {
+                s: float(np.mean(list(v.values()))) for s, v in self.excesses(arm.name, line, MATCHES[0])[0].items()
+            }
+            for metric in PREDICTORS:
+                known = {
+                    s: cells[s].displacement if metric == "displacement" else cells[s].facts.get(metric)
+                    for s in outcome
+                }
+                pairs = [(x, outcome[s]) for s, x in known.items() if x is not None]
+                estimate = rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
+                found.append({"arm": arm.name, "metric": metric, "splits": len(pairs), "estimate": estimate})
         return found
+
+    @cached_property
+    def eigengap(self) -> float | None:
+        """Of the mixture's conflict matrix, mean over plan seeds."""
+        return _mean_of(cell.facts.get("eigengap") for cells in self.cells.values() for cell in cells.values())
 
     @cached_property
     def diagnoses(self) -> list[dict[str, Any]]:
@@ -410,6 +413,16 @@ class Summary:
 def _mean_of(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def across_conditions(found: Sequence[Summary]) -> Estimate | None:
+    """Rank correlation over conditions of the eigengap with the first pair's difference of the primary outcome."""
+    pairs = [
+        (summary.eigengap, summary.contrasts[0].estimate.value)
+        for summary in found
+        if summary.eigengap is not None and summary.contrasts and summary.contrasts[0].estimate is not None
+    ]
+    return rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
 
 
 def summaries(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
