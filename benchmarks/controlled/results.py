@@ -17,9 +17,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from entries import shown
 from experiment import BASE
 from record import read_rows
-from summaries import Summary, across_conditions, shown, summaries
+from summaries import Summary, across_conditions, summaries
 
 from merit_hf.entry import exit_on_error
 
