@@ -85,7 +85,7 @@ class Contrast:
         verdict = {1: "better", -1: "worse", 0: "cannot be told from 0"}[self.estimate.sure]
         return (
             f"{what}: {shown(self.estimate)} nats ({self.estimate.seeds} cells; {self.won} datasets won, {self.lost} "
-            f"lost): {verdict}."
+            f"lost): {verdict}.{self.estimate.caution}"
         )
 
 

@@ -320,7 +320,7 @@ class Summary:
         """What the primary outcome says of each arm, in words."""
         found = []
         for row in self.arms:
-            if row.name in (BASE, *self.experiment.outcome.lines) or not row.outcomes:
+            if row.name.removesuffix("·λ") in (BASE, *self.experiment.outcome.lines) or not row.outcomes:
                 continue
             for outcome in row.outcomes:
                 verdict = {1: "above", -1: "below", 0: "not told apart from"}[outcome.estimate.sure]
@@ -328,7 +328,33 @@ class Summary:
                 found.append(
                     f"`{row.name}` is {verdict} the line to `{outcome.line}` at equal {outcome.match}: "
                     f"{shown(outcome.estimate)} nats, {outcome.won} datasets won, {outcome.lost} lost.{beyond}"
+                    f"{outcome.estimate.caution}"
                 )
+        return found
+
+    @cached_property
+    def advice(self) -> list[str]:
+        """What follows for a user, by rule: from gates, from the lines, and from the random splits."""
+        failed = [gate.name for gate in self.gates if not gate.passed]
+        if failed:
+            return [f"The mixture failed {', '.join(failed)}: what this run shows is no ground for a decision."]
+        found, split_of = [], {arm.name: arm.split for arm in self.experiment.arms}
+        for row in self.arms:
+            if split_of.get(row.name) != "merit" or not row.outcomes:
+                continue
+            if all(outcome.estimate.sure > 0 for outcome in row.outcomes):
+                text = f"`{row.name}` beat every line: on mixtures like this one splitting pays by itself."
+            else:
+                text = (
+                    f"`{row.name}` did not beat every line: a shorter step towards joint training does as well. Split "
+                    "where GPUs are scattered, not for the loss."
+                )
+            rivals = [
+                c for c in self.contrasts if c.ours == row.name and split_of[c.theirs] == "random" and c.estimate
+            ]
+            if any(contrast.estimate and contrast.estimate.sure <= 0 for contrast in rivals):
+                text += f" It did not surely beat `{rivals[0].theirs}`: which groups one makes did not matter here."
+            found.append(text)
         return found
 
 
