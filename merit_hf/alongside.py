@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
-from merit_hf.data import seed_of
 from merit_hf.gradients import sample_indices
 from merit_hf.mixture import PreparedDataset, plan_specs, prepare_dataset, read_mixture
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress, Stage
+from merit_hf.seeds import seed_of
 from merit_hf.train_section import TrainSection
 
 # Put into a training's folder of unfinished work, it stops the training at its next step.

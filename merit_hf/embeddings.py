@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from merit_hf.config import MeritError
-from merit_hf.data import seed_of
 from merit_hf.gradients import sample_indices
 from merit_hf.mixture import PreparedDataset
+from merit_hf.seeds import seed_of
 
 # Texts of a dataset, and dimensions of the SVD: enough for a mean, and what c-BTM takes.
 _NUM_TEXTS, _NUM_COMPONENTS, _BATCH = 200, 100, 32

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf.config import ConfigError, DatasetSection, MeritConfig, MeritError
-from merit_hf.data import approximate_rows, count_tokens, seed_of
+from merit_hf.data import count_tokens
 from merit_hf.gradients import GradientSettings, batch_by_tokens, sample_indices, trained_parameters
 from merit_hf.groups import GRADIENT_SPLITS
 from merit_hf.hub import resolve_model
@@ -22,6 +22,8 @@ from merit_hf.loss import loss_sum
 from merit_hf.memory import estimate_memory
 from merit_hf.mixture import read_mixture
 from merit_hf.progress import Progress
+from merit_hf.reading import approximate_rows
+from merit_hf.seeds import seed_of
 from merit_hf.sft import (
     build_args,
     check_trainable,

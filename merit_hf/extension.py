@@ -8,10 +8,10 @@ from typing import Any
 
 from merit_hf.checkpoint import weights_sha256
 from merit_hf.config import ConfigError, MeritConfig
-from merit_hf.data import is_local
 from merit_hf.hub import resolve_model
 from merit_hf.overrides import read_mapping
 from merit_hf.plan import PartitionPlan
+from merit_hf.reading import is_local
 from merit_hf.sft import chat_template_sha256, load_tokenizer, take_chat_template
 
 _SECTIONS = ("base", "datasets", "plan", "sft", "peft", "merge", "run", "hub")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf.config import ConfigError, MeritError, PlanSection
-from merit_hf.data import count_tokens, format_digest, seed_of
+from merit_hf.data import count_tokens, format_digest
 from merit_hf.gradients import GradientSettings, batches_of, dataset_gradient, trained_parameters
 from merit_hf.memory import fitting_settings
 from merit_hf.mixture import PreparedDataset, check_against_plan
@@ -25,6 +25,7 @@ from merit_hf.precondition import adam_denominators, state_sha256
 from merit_hf.progress import Progress
 from merit_hf.readouts import GradientReadout, load_readout, readout_path, save_readout
 from merit_hf.reliability import next_sample_size, split_half
+from merit_hf.seeds import seed_of
 from merit_hf.sft import identity_fields, open_loss
 from merit_hf.sketch import Sketch, make_sketch
 from merit_hf.workers import Worker

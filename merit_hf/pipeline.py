@@ -15,11 +15,12 @@ from typing import Any
 from merit_hf.cards import EVALUATION_FIGURE, merged_model_card
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.evaluation.evaluate import EVALUATION_NAME, evaluate_models, save_evaluation
-from merit_hf.group_merge import group_weights, merge_groups
+from merit_hf.group_merge import merge_groups
 from merit_hf.hub import current_user
 from merit_hf.launchers.dispatch import train_groups
 from merit_hf.manifest import read_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME
+from merit_hf.merge_weights import group_weights
 from merit_hf.oversized import planned_parts, with_parts
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
@@ -120,7 +121,7 @@ def run_all(
 
 
 def _go_rounds(
-    config: MeritConfig, plan: PartitionPlan, output: Path, train: Callable[..., None], progress: Progress
+    config: MeritConfig, plan: PartitionPlan, output: Path, train: Callable[..., object], progress: Progress
 ) -> tuple[list[PartitionPlan], dict[str, Path]]:
     """All rounds but the last one's merge, which is the run's own: their plans, and {label: merged model}.
 

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf.config import ConfigError, MeritError, PlanSection
-from merit_hf.data import seed_of
 from merit_hf.gradients import batch_by_tokens, sample_indices, trained_model, trained_parameters
 from merit_hf.loss import loss_sum, recomputing
 from merit_hf.mixture import PreparedDataset
 from merit_hf.progress import Progress
+from merit_hf.seeds import seed_of
 from merit_hf.sft import collate, identity_fields, open_loss
 
 _STATE_NAME = "optimizer.pt"

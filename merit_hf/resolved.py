@@ -7,7 +7,7 @@ from typing import Any
 
 from merit_hf.choices import WEIGHTINGS as WEIGHTINGS
 from merit_hf.config import MeritConfig
-from merit_hf.data import is_local
+from merit_hf.reading import is_local
 
 # Fields of SFTConfig that may hold the path of a file; all of them are placement.
 _SFT_FILES = ("deepspeed", "fsdp_config", "accelerator_config")

@@ -37,22 +37,13 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.identity import BATCH_FIELDS as BATCH_FIELDS
 from merit_hf.identity import IDENTITY_FIELDS as IDENTITY_FIELDS
 from merit_hf.images import IMAGES
+from merit_hf.placement import refuse_fields
 
 _FLOATS = tuple(
     f.name for f in dataclasses.fields(SFTConfig) if f.name in IDENTITY_FIELDS and f.type in (float, "float")
 )
 _UNPACKED = {"packing": False, "padding_free": False, "shuffle_dataset": False}
-_BEST = (
-    "sft.load_best_model_at_end=true: a group is its last step, weighted by the tokens of all of them, and how often "
-    "it is evaluated must not decide it. Leave it out."
-)
-# Values under which the tokens of a step, or a resumed training, would not be the planned ones.
-_UNREPEATABLE = {"auto_find_batch_size": True, "ignore_data_skip": True, "save_only_model": True}
 _QUANTIZATION = "sft.model_init_kwargs.quantization_config"
-_OURS = {
-    "output_dir": "Give the folder with --output.",
-    "resume_from_checkpoint": "Run the same command again to resume.",
-}
 
 
 def build_args(sft: Mapping[str, Any], output_dir: str | Path | None = None, **overrides: Any) -> SFTConfig:
@@ -84,29 +75,6 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path | None = None, **o
             "sft.packing=true, or sft.max_length=null."
         )
     return args
-
-
-def refuse_fields(sft: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a field is set that MERIT sets itself, is a secret, or would make another training."""
-    for field, cure in _OURS.items():
-        if field in sft:
-            raise ConfigError(f"sft.{field}={sft[field]!r} is set by merit itself. {cure}")
-    for field, value in _UNREPEATABLE.items():
-        if sft.get(field) == value:
-            raise ConfigError(
-                f"sft.{field}=true: a training that was stopped and goes on, or runs on another card, would no longer "
-                "be the planned one. Leave it out."
-            )
-    if sft.get("load_best_model_at_end"):
-        raise ConfigError(_BEST)
-    if "hub_token" in sft:
-        raise ConfigError(
-            "sft.hub_token: a plan is published with its CONFIG, so no secret belongs there. Use `hf auth login`."
-        )
-    if (sft.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
-        raise ConfigError(
-            "sft.dataset_kwargs.skip_prepare_dataset=true: merit reads the tokens that TRL prepares. Leave it out."
-        )
 
 
 def identity_fields(args: TrainingArguments, num_processes: int = 1) -> dict[str, Any]:

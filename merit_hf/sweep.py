@@ -18,8 +18,9 @@ from rich.text import Text
 from merit_hf.checkpoint import atomic_folder
 from merit_hf.config import ConfigError
 from merit_hf.evaluation.evaluate import evaluate_models
-from merit_hf.group_merge import chosen_groups, group_weights, merge_groups, verified_folders
+from merit_hf.group_merge import chosen_groups, merge_groups, verified_folders
 from merit_hf.merge import MergeStats, merge_checkpoints
+from merit_hf.merge_weights import group_weights
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 from merit_hf.resolved import WEIGHTINGS

@@ -24,23 +24,22 @@ from trl import SFTConfig
 
 from merit_hf.alongside import STOP_NAME, ShowSteps, StopEarly, evaluate_aside, held_out_rows
 from merit_hf.callback import MeritCallback, stopped_checkpoint
-from merit_hf.config import ConfigError, MeritError, check_sft, parse_value
+from merit_hf.config import ConfigError, MeritError
 from merit_hf.entry import exit_on_error
 from merit_hf.errors import StoppedError
 from merit_hf.hub import current_user, fetch_folder
 from merit_hf.manifest import MIX_FILES, TRAINER_STATE, end_of_training, hash_files, read_manifest
 from merit_hf.mix import write_mix
 from merit_hf.mixture import prepare_group
+from merit_hf.placement import check_placement, parse_placement, parse_places
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 from merit_hf.sft import (
     BATCH_FIELDS,
-    IDENTITY_FIELDS,
     build_args,
     load_model,
     load_tokenizer,
     open_trainer,
-    refuse_fields,
     restore_renamed,
 )
 from merit_hf.sharing.community import contribute, may_write
@@ -362,44 +361,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.contribute and PartialState().is_main_process:
             repo_id = group_repo(plan, options.group, placement.get("hub_model_id"))
             Progress().note(contribute(plan, repo_id))
-
-
-def parse_places(texts: Sequence[str]) -> dict[str, str | Path]:
-    """`NAME=PATH` arguments of --data. Raises ConfigError where one has another form."""
-    for text in texts:
-        if not all(text.partition("=")):
-            raise ConfigError(f"--data {text}: expected NAME=PATH.")
-    return {text.partition("=")[0]: text.partition("=")[2] for text in texts}
-
-
-def check_placement(placement: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a field decides the result, or is not for a command line to set."""
-    fixed = sorted(set(placement) & set(IDENTITY_FIELDS))
-    if fixed:
-        raise ConfigError(
-            f"sft.{fixed[0]} is part of the plan's identity, so a group cannot be trained with another value. Plan "
-            f"again with sft.{fixed[0]}={placement[fixed[0]]!r}."
-        )
-    refuse_fields(placement)
-
-
-def parse_placement(texts: Sequence[str]) -> dict[str, Any]:
-    """`sft.key=value` arguments as SFT fields, and `train.key=value` ones by their whole name."""
-    placement, beside = {}, {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if equals and key.startswith(PREFIX):
-            beside[key] = parse_value(value)
-            continue
-        if not equals or not key.startswith("sft."):
-            raise ConfigError(
-                f"`{text}`: expected sft.KEY=VALUE, such as sft.per_device_train_batch_size=2, or train.KEY=VALUE, "
-                "such as train.max_hours=12."
-            )
-        placement[key.removeprefix("sft.")] = parse_value(value)
-    check_sft(placement, "command line")
-    train_section({}, beside)
-    return {**placement, **beside}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ ROAD = [
     "overrides",
     "choices",
     "train_section",
+    "sections",
     "config",
     "text",
     "quiet",
@@ -54,8 +55,11 @@ ROAD = [
     "vision",
     "adapters",
     "adapted",
+    "placement",
     "sft",
+    "seeds",
     "streams",
+    "reading",
     "data",
     "affinity",
     "oversized",
@@ -127,6 +131,7 @@ ROAD = [
     "merge",
     "adapter_merge",
     "merged_part",
+    "merge_weights",
     "group_merge",
     "evaluation.paired",
     "evaluation.metrics",
@@ -170,6 +175,7 @@ WITHOUT_TORCH = [
     "overrides",
     "choices",
     "train_section",
+    "sections",
     "config",
     "text",
     "quiet",
@@ -313,7 +319,7 @@ def test_imports_point_down_the_road() -> None:
 
 def test_config_imports_next_to_nothing_of_ours_and_nothing_imports_the_command_line() -> None:
     assert {target for item, target in OURS if item.room == "config"} == {
-        "errors", "fields", "overrides", "choices", "train_section",
+        "errors", "fields", "overrides", "choices", "train_section", "sections",
     }  # fmt: skip
     assert [item.room for item, target in OURS if target == "cli" and item.room != "cli"] == []
 
@@ -342,7 +348,7 @@ def test_every_library_has_its_room() -> None:
     }
     assert users == {
         "typer": {"cli", "cli_hub", "cli_options", "cli_plan", "cli_train"},
-        "pydantic": {"config", "train_section"},
+        "pydantic": {"config", "sections", "train_section"},
     }
 
 

@@ -16,9 +16,10 @@ from merit_hf.config import ConfigError, MeritError
 from merit_hf.group_merge import merge_groups
 from merit_hf.ledger import Budget
 from merit_hf.manifest import read_manifest
+from merit_hf.placement import parse_placement
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
-from merit_hf.training import parse_placement, train_group
+from merit_hf.training import train_group
 from merit_hf.verification.checks import failed
 from merit_hf.verification.partial import Replays
 from merit_hf.verification.verify import verify_checkpoint

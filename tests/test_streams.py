@@ -213,7 +213,8 @@ READ = """
 import sys, json
 from pathlib import Path
 from merit_hf.config import DatasetSection
-from merit_hf.data import approximate_rows, load_rows
+from merit_hf.data import load_rows
+from merit_hf.reading import approximate_rows
 out = []
 for values in json.loads(sys.argv[1]):
     spec = DatasetSection(name="set", path="org/many", streaming=True, num_examples=30, shuffle_buffer=50, **values)

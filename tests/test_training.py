@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.manifest import read_manifest
+from merit_hf.placement import parse_placement, parse_places
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
-from merit_hf.training import last_checkpoint, parse_placement, parse_places, train_group
+from merit_hf.training import last_checkpoint, train_group
 from merit_hf.verification.checks import failed
 from merit_hf.verification.verify import verify_checkpoint
 

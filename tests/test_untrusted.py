@@ -119,7 +119,7 @@ def test_model_arguments_never_bring_code(content: dict[str, Any]) -> None:
 def test_a_file_format_is_no_repo(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` would read every such file of the current folder."""
     from merit_hf.config import DatasetSection
-    from merit_hf.data import _read
+    from merit_hf.reading import _read
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.json").write_text('{"text": "secret"}')

@@ -24,8 +24,8 @@ from merit_hf.diagnosis.losses import Store
 from merit_hf.diagnosis.probe import Probed, probe
 from merit_hf.diagnosis.verdict import judge
 from merit_hf.diagnosis.wording import diagnosis_readme
-from merit_hf.group_merge import group_weights
 from merit_hf.manifest import read_manifest
+from merit_hf.merge_weights import group_weights
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
 from merit_hf.verification.verify import verify_checkpoint

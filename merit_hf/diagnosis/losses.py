@@ -21,13 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from merit_hf.config import ConfigError, MeritError
-from merit_hf.data import LoadedDataset, seed_of
+from merit_hf.data import LoadedDataset
 from merit_hf.gradients import batch_by_tokens, sample_indices, trained_model
 from merit_hf.images import IMAGES, image_digests, undecoded
 from merit_hf.loss import loss_sum
 from merit_hf.mixture import plan_specs, read_mixture
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.progress import Progress
+from merit_hf.seeds import seed_of
 from merit_hf.sft import collate, tokenize_rows
 
 

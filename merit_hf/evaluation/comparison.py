@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from merit_hf.config import ConfigError
-from merit_hf.data import seed_of
 from merit_hf.evaluation.held_out import HeldOut
 from merit_hf.evaluation.paired import (
     CONFIDENCE,
@@ -22,6 +21,7 @@ from merit_hf.evaluation.paired import (
     mean_difference,
     paired_difference,
 )
+from merit_hf.seeds import seed_of
 
 SCHEMA_VERSION = 1
 # What the others are held against, where it is there.

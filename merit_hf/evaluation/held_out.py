@@ -14,10 +14,11 @@ from trl import maybe_convert_to_chatml
 
 from merit_hf import vision
 from merit_hf.config import REASONING_GYM, ConfigError
-from merit_hf.data import METADATA, LoadedDataset, fingerprint, seed_of
+from merit_hf.data import METADATA, LoadedDataset, fingerprint
 from merit_hf.evaluation.metrics import Scorer, default_metric, load_scorer, parse_metadata
 from merit_hf.gradients import sample_indices
 from merit_hf.images import IMAGES
+from merit_hf.seeds import seed_of
 
 # The share of points that a scorer must give the references themselves.
 _MIN_REFERENCE_SCORE = 0.9

@@ -289,7 +289,7 @@ def _check_options(options: HfJobsOptions) -> None:
 
 def _checked_placement(request: Request) -> dict[str, str]:
     """{SFT field, or `train.KEY`: text}, checked before a machine is paid for."""
-    from merit_hf.training import check_placement, parse_placement
+    from merit_hf.placement import check_placement, parse_placement
 
     if request.accelerate_config is not None:
         raise ConfigError(

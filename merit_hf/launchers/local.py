@@ -63,7 +63,8 @@ def train_here(request: Request, progress: Progress) -> None:
         ConfigError: a mistake in the call, which would be the same for all.
         MeritError: a training failed.
     """
-    from merit_hf.training import parse_placement, train_group
+    from merit_hf.placement import parse_placement
+    from merit_hf.training import train_group
 
     failed = []
     try:

@@ -12,12 +12,12 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from merit_hf.config import MeritError
-from merit_hf.data import seed_of
 from merit_hf.gradients import batch_by_tokens, sample_indices
 from merit_hf.loss import loss_sum
 from merit_hf.mixture import prepare_group
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
+from merit_hf.seeds import seed_of
 from merit_hf.sft import (
     build_args,
     chat_template_sha256,
