@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_intermixed_args(argv)
+    # A launcher may have handed down that it is ignored.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with exit_on_error(options.debug):
         plan = PartitionPlan.from_pretrained(options.plan)
         plan.supply(parse_places(options.data))

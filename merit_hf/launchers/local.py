@@ -50,10 +50,11 @@ def trains_here(request: Request, options: LocalOptions) -> bool:
 
 
 def register(request: Request) -> None:
-    """Record that this process is about to train these groups."""
+    """Record that this process is about to train these groups; of finished ones nothing changes."""
     for group, output in zip(request.groups, request.outputs, strict=True):
-        forget_end(output)
-        write_job(_here(request, group, None))
+        if not output.exists():
+            forget_end(output)
+            write_job(_here(request, group, None))
 
 
 def train_here(request: Request, progress: Progress) -> None:
@@ -70,10 +71,13 @@ def train_here(request: Request, progress: Progress) -> None:
     try:
         placement = parse_placement(request.placement)
         for group, output in zip(request.groups, request.outputs, strict=True):
-            write_job(_here(request, group, str(os.getpid())))
+            is_new = not output.exists()
+            if is_new:
+                write_job(_here(request, group, str(os.getpid())))
             try:
                 train_group(request.plan, group, output, placement, request.num_processes, progress)
-                write_end(output, str(os.getpid()), 0)
+                if is_new:
+                    write_end(output, str(os.getpid()), 0)
             except Exception as error:
                 if isinstance(error, ConfigError | StoppedError) or len(request.groups) == 1:
                     raise

@@ -6,6 +6,7 @@ The training then saves where it is, and the job is queued again unless it was c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,10 +64,6 @@ class GroupTraining:
 
         def ask(number: int, frame: Any) -> None:
             told.append(number)
-            if number == _TIME_LIMIT:
-                # Slurm itself sends SIGTERM to all of the job's processes, but this one is submitit's.
-                for process in psutil.Process().children(recursive=True):
-                    process.terminate()
 
         for number in (signal.SIGTERM, _TIME_LIMIT):
             signal.signal(number, ask)
@@ -74,7 +71,13 @@ class GroupTraining:
             process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, preexec_fn=_ignore
             )
-        code = process.wait()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=1)
+                break
+            if told:
+                # Again and again: one that is still being loaded takes no notice.
+                _stop_trainings()
         return (code if code >= 0 else 128 - code), (told[0] if told else None)
 
     def _say(self, text: str) -> None:
@@ -84,6 +87,23 @@ class GroupTraining:
     def _fail(self, job_id: str, code: int, error: str) -> None:
         write_end(self.output, job_id, code, error)
         raise MeritError(error or f"the training ended with exit code {code}; see {log_path(self.output)}")
+
+
+def _stop_trainings() -> None:
+    """SIGTERM to the training below this process, not to the launcher above it or to what it has forked."""
+    below = psutil.Process().children(recursive=True)
+    trainings = {process.pid: process for process in below if "merit_hf.training" in _words(process)[1:4]}
+    for process in trainings.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.ppid() not in trainings:
+                process.terminate()
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
 
 
 def _ignore() -> None:
