@@ -74,7 +74,9 @@ def plan_dataset_card(plan: PartitionPlan, pairs: ConflictPairs | None = None) -
         members={group.group: _names(group.datasets) for group in plan.groups},
         pairs=_extreme_pairs(plan, pairs),
         tested=MANY_DATASETS,
-        weights=_settings({d["name"]: d["weight"] for d in plan.config["datasets"] if d.get("weight", 1.0) != 1.0}),
+        weights=_settings(
+            {d["name"]: d["weight"] for d in plan.config.get("datasets", []) if d.get("weight", 1.0) != 1.0}
+        ),
         added=[dataset.name for dataset in plan.datasets if dataset.projected_group is not None],
         bounds=_bounds(plan),
         trust=_trust(plan),
