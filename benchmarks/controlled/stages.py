@@ -112,7 +112,7 @@ class Stages:
         """Plan, train every group and merge; what is there already is kept."""
         place, arm = self.place / cell.work, self.experiment.arm(cell.arm)
         plans = self.plans(cell)
-        groups = []
+        groups: list[Path] = []
         for plan in plans:
             for group in plan.groups:
                 output = place / "groups" / str(len(groups))
