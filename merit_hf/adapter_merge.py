@@ -56,6 +56,7 @@ def merge_adapters_into(
     method: str,
     rank: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    interpolate_to_init: float = 1.0,
 ) -> AdapterMergeStats:
     """Write the merged adapter into the empty folder `part`, with the base's tokenizer beside it.
 
@@ -65,6 +66,7 @@ def merge_adapters_into(
         weights (`Sequence[float]`): one an adapter, positive; normalised.
         method: `concat` or `svd`. rank: of the result, for `svd`.
         progress (`Callable`, *optional*): called after each module with modules done and in all.
+        interpolate_to_init (`float`, *optional*, defaults to `1.0`): α, which scales what the adapter adds.
 
     Raises:
         ConfigError: a weight is not positive, an adapter is listed twice, or `rank` exceeds the adapters' own.
@@ -83,7 +85,7 @@ def merge_adapters_into(
         _check_parts(module, parts, folders)
         for k, (b, a) in parts.items():
             group_squares[k] += product_norm(b, a) ** 2
-        exact = concatenate([(b * fractions[k], a) for k, (b, a) in parts.items()])
+        exact = concatenate([(b * (interpolate_to_init * fractions[k]), a) for k, (b, a) in parts.items()])
         squares["sum"] += product_norm(*exact) ** 2
         kept, cut = (exact, 0.0) if rank is None or method == "concat" else truncate(exact, rank, module)
         squares["cut"] += cut**2

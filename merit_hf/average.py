@@ -60,7 +60,7 @@ class Average:
     Args:
         base ([`Checkpoint`]): θ0, what displacements are measured from.
         groups (`Sequence[Checkpoint]`): θ_k.
-        fractions (`Sequence[float]`): w_k, positive, summing to 1.
+        fractions (`Sequence[float]`): w_k, summing to 1. Where θ0 is among the groups, its own may be negative.
         result ([`Checkpoint`], *optional*): a merged model that takes the place of the mean.
         device (`str`, *optional*, defaults to `"cpu"`): where the sums are made; needs float64.
         threads (`int`, *optional*): blocks in work at once. Default: torch's number of threads, 8 at most.

@@ -18,6 +18,7 @@ from huggingface_hub import DatasetCardData, ModelCardData
 from merit_hf.card_evaluation import answer_table, eval_results, evaluation_table, harness_table
 from merit_hf.config import MeritError
 from merit_hf.conflict import MANY_DATASETS
+from merit_hf.parents import parents
 from merit_hf.text import (
     Markdown,
     code,
@@ -40,7 +41,7 @@ _SPLITS = {
     "kmeans_text": "by k-means on embeddings of their texts, as a baseline",
     "affinity": "so that those are kept together that are akin by a matrix given from a file",
     "random": "at random, as a baseline",
-    "by_tag": "by their tags, as a baseline",
+    "by_tag": "by their tags",
     "joint": "all in one group, as a baseline",
 }
 _TABLES = ("datasets", "conflict", "groups")
@@ -126,20 +127,23 @@ def merged_model_card(
     `model_name` is the name under which it is published: with it, metadata holds the evaluation as a `model-index`.
     `picture` is the evaluation's figure, as a path in the model's folder.
     """
-    parents = [group["repo_id"] for group in manifest["groups"] if group.get("repo_id")]
-    if len(parents) < len(manifest["groups"]):
-        # Some groups are local: the base is the parent that all have in common, where it is on the Hub.
-        parents = [manifest["base"]["repo_id"]] if manifest["base"].get("repo_id") else []
+    made_of = [parent for parent in parents(manifest) if parent.kind != "base"]
+    in_repos = all(parent.repo for parent in made_of)
+    # The base of a later round is a model of one's own; that of the first is the parent of all.
+    origin = manifest.get("round", manifest)["base"]
+    bases = [origin["repo_id"]] if origin.get("repo_id") else []
+    # Where some groups are local, the base is the parent that all have in common, where it is on the Hub.
+    named = [str(parent.repo).partition("@")[0] for parent in made_of] if in_repos else bases
     merged = {group["group"] for group in manifest["groups"]}
     members = {group.group: _names(group.datasets) for group in plan.groups}
     is_adapter = manifest.get("adapters", "dense") != "dense"
     if is_adapter:
         # What loads it is its base; the groups are its sources.
-        parents = [manifest["base"]["repo_id"]] if manifest["base"].get("repo_id") else []
+        named = bases
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
-        base_model=parents or None,
-        base_model_relation=("adapter" if is_adapter else "merge") if parents else None,
+        base_model=named or None,
+        base_model_relation=("adapter" if is_adapter else "merge") if named else None,
         datasets=_hub_datasets([{"repo_id": d.repo_id} for d in plan.datasets if d.group in merged]) or None,
         license=licence,
         tags=["merge", "mergekit", "merit"],
@@ -165,11 +169,19 @@ def merged_model_card(
             for g in manifest["groups"]
         ],
         method=manifest.get("method", "linear"),
-        how=_SPLITS[plan.config["plan"]["split"]],
+        # The groups of a round are tagged with those of the plan of all rows.
+        how=_SPLITS[manifest.get("round", plan.config["plan"])["split"]],
         verified=_verified(manifest["groups"]),
         missing=[[str(number), names] for number, names in members.items() if number not in merged],
         command=Markdown(merge_command(plan, manifest)),
-        in_repos=all(group.get("repo_id") for group in manifest["groups"]),
+        trained=[str(parent.number) for parent in made_of if parent.kind == "group"]
+        if manifest.get("with_merged")
+        else ["all"],
+        in_repos=in_repos,
+        alpha=manifest.get("interpolate_to_init", 1),
+        before=_before(manifest),
+        round=manifest.get("round"),
+        first_base=_base(manifest["round"]["base"]) if manifest.get("round") else None,
         evaluation=evaluation_table(evaluation) if evaluation else None,
         answers=answer_table(evaluation) if evaluation and evaluation.get("mean_score") else None,
         harness=harness_table(evaluation) if evaluation and evaluation.get("harness") else None,
@@ -230,10 +242,15 @@ def how_split(plan: PartitionPlan) -> str:
 
 def merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
     """The `merit merge` call that makes this model again."""
-    groups = manifest["groups"]
-    in_repos = all(group.get("repo_id") for group in groups)
-    folders = " ".join(f"{g['repo_id']}@{g['revision'][:12]}" if in_repos else f"groups/{g['group']}" for g in groups)
-    command = f"merit merge {plan.repo_id or 'PLAN'} {folders} --output merged"
+    made_of = [parent for parent in parents(manifest) if parent.kind != "base"]
+    in_repos = all(parent.repo for parent in made_of)
+    names = {
+        parent: "{}@{:.12}".format(*parent.repo.split("@")) if in_repos and parent.repo else parent.name
+        for parent in made_of
+    }
+    folders = " ".join(name for parent, name in names.items() if parent.kind == "group")
+    before = "".join(f" --with-merged {name}" for parent, name in names.items() if parent.kind == "merged")
+    command = f"merit merge {plan.repo_id or 'PLAN'} {folders}{before} --output merged"
     weights = manifest.get("weights", "tokens")
     if weights != "tokens":
         command += f" --weights {'weights.yaml' if weights == 'file' else weights}"
@@ -246,6 +263,8 @@ def merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
     if manifest.get("method", "linear") != "linear":
         command += f" --method {manifest['method']}"
         command += "".join(f" --parameter {key}={json.dumps(v)}" for key, v in manifest["parameters"].items())
+    if manifest.get("interpolate_to_init", 1) != 1:
+        command += f" --interpolate-to-init {manifest['interpolate_to_init']:g}"
     if manifest.get("asked_out_dtype"):
         command += f" --out-dtype {manifest['asked_out_dtype']}"
     return command + (" --allow-missing" if len(manifest["groups"]) < plan.num_groups else "")
@@ -344,19 +363,27 @@ def _verified(groups: Sequence[Mapping[str, Any]]) -> Markdown | None:
     return Markdown(", ".join(f"group {number} at level {code(level)}" for number, level in levels.items()))
 
 
+def _before(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The merged model that went in, and the groups that it stands for."""
+    record = manifest.get("with_merged")
+    if record is None:
+        return None
+    where = f"{record['repo_id']}@{record['revision'][:12]}" if record["repo_id"] else None
+    return {**record, "where": where, "named": Markdown(", ".join(str(number) for number in record["groups"]))}
+
+
 def _public_recipe(mergekit_config: str, manifest: Mapping[str, Any]) -> str:
     """The recipe with every local folder named after the group it holds."""
     content = yaml.safe_load(mergekit_config)
-    numbers = [group["group"] for group in manifest["groups"]]
     names: dict[str, Any] = {}
-    for model, number in zip(content.get("models", []), numbers, strict=False):
+    for model, parent in zip(content.get("models", []), parents(manifest), strict=False):
         shown = model["model"]
         if find_local_paths(str(shown)) or str(shown).startswith("/"):
-            model["model"] = f"groups/{number}"
+            model["model"] = parent.name
             if isinstance(shown, dict) and "lora" in shown:
                 base = manifest["base"]
                 model["model"] = f"{base['repo_id']}@{base['revision']}" if base.get("repo_id") else "BASE"
-                model["model"] += f"+groups/{number}"
+                model["model"] += f"+{parent.name}"
         names[str(shown)] = model["model"]
     origin = content.get("base_model")
     if str(origin) in names or find_local_paths(str(origin)):

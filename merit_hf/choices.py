@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from merit_hf.errors import ConfigError
 
 # Token weights of a merge by name; anything else names a file.
 WEIGHTINGS = ("tokens", "loss_tokens", "uniform")
+# Of `merge.interpolate_to_init`. Twice the way to the mean is farther than an extrapolation has any reason to go, and
+# a slip such as 50 for 0.5 is told.
+MAX_INTERPOLATION = 2.0
 
 
 def check_choices(plan: Any, num_datasets: int, source: str) -> None:
@@ -49,6 +54,79 @@ def check_choices(plan: Any, num_datasets: int, source: str) -> None:
     if plan.optimizer_state is not None and plan.precondition != "adam":
         raise ConfigError(
             f"{source}: plan.optimizer_state is read with plan.precondition=adam alone. Set that, or leave it out."
+        )
+
+
+def check_merge_method(
+    engine: str, method: str, parameters: Mapping[str, Any], source: str, interpolate_to_init: float = 1.0
+) -> None:
+    """Methods other than the mean are mergekit's, and only the mean is drawn towards θ0.
+
+    Raises:
+        ConfigError: another engine is to run one, parameters are given to a mean, or `interpolate_to_init` is out of
+            range or given to another method.
+    """
+    if method != "linear" and engine != "mergekit":
+        raise ConfigError(f"{source}: method {method} is mergekit's, and engine is {engine}. Set engine to mergekit.")
+    if method == "linear" and parameters:
+        raise ConfigError(f"{source}: parameters {sorted(parameters)} for method linear, which has none. Set method.")
+    if not (math.isfinite(interpolate_to_init) and 0 < interpolate_to_init <= MAX_INTERPOLATION):
+        raise ConfigError(
+            f"{source}: interpolate_to_init={interpolate_to_init}: expected more than 0 (the base) and at most "
+            f"{MAX_INTERPOLATION:g}; 1 is the mean."
+        )
+    if method != "linear" and interpolate_to_init != 1:
+        raise ConfigError(
+            f"{source}: interpolate_to_init={interpolate_to_init:g} is of the mean, and method is {method}. Leave it "
+            "out; methods that add to the base have a parameter of their own for it (lambda)."
+        )
+
+
+def check_adapters(config: Any, source: str) -> None:
+    """What a MeritConfig makes of LoRA groups.
+
+    Raises:
+        ConfigError: there are none, or a rank is missing or out of place.
+    """
+    merge = config.merge
+    if config.peft is None and merge.adapters != "dense":
+        raise ConfigError(
+            f"{source}: merge.adapters={merge.adapters}, but without `peft:` the groups are whole models. "
+            "Leave merge.adapters out, or add `peft:`."
+        )
+    if (merge.adapters == "svd") != (merge.svd_rank is not None):
+        raise ConfigError(
+            f"{source}: merge.adapters={merge.adapters} with merge.svd_rank={merge.svd_rank}: `svd` "
+            "needs a rank, and nothing else takes one."
+        )
+
+
+def check_rounds(config: Any, source: str) -> None:
+    """What `run.rounds` goes together with in a MeritConfig.
+
+    Raises:
+        ConfigError: fewer steps than rounds, a merged adapter, which no round can start from, a push, or a key that
+            needs rounds.
+    """
+    rounds = config.run.rounds
+    if rounds == 1:
+        if config.run.replan:
+            raise ConfigError(f"{source}: run.replan=true means something after a first round. Set run.rounds=2.")
+        return
+    steps = config.sft.get("max_steps", -1)
+    if isinstance(steps, int) and 0 < steps < rounds:
+        raise ConfigError(
+            f"{source}: run.rounds={rounds} share sft.max_steps={steps}, and each needs one. Lower run.rounds."
+        )
+    if config.merge.adapters != "dense":
+        raise ConfigError(
+            f"{source}: run.rounds={rounds} with merge.adapters={config.merge.adapters}: the next round starts from a "
+            "whole model. Set merge.adapters=dense."
+        )
+    if config.hub.push:
+        raise ConfigError(
+            f"{source}: run.rounds={rounds} with hub.push=true: the base of a later round is a model of this machine. "
+            "Set hub.push=false; `merit push` takes what is in rounds/1, rounds/2, … folder by folder."
         )
 
 

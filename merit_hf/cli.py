@@ -20,6 +20,7 @@ from merit_hf.cli_options import (
     checkpoint_folder,
     named_values,
     quiet,
+    report_merge,
     say,
 )
 from merit_hf.config import ConfigError, parse_value
@@ -145,6 +146,19 @@ def merge(
     out_dtype: Annotated[
         Optional[str], typer.Option(help="float32, bfloat16 or float16. Default: the base's.")
     ] = None,
+    interpolate_to_init: Annotated[
+        Optional[float],
+        typer.Option(
+            metavar="ALPHA", help="Go so much of the way from base to mean: 0.5 is half of it, 1 (default) all."
+        ),
+    ] = None,
+    with_merged: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="MODEL",
+            help="A merged model (folder or Hub id) that takes the place of the groups in it: add a branch to it.",
+        ),
+    ] = None,
     exclude: Annotated[Optional[list[int]], typer.Option(help="Leave a group out; may be given again.")] = None,
     soup: Annotated[
         bool, typer.Option("--soup", help="Add a group only where the mean held-out loss falls (greedy soup).")
@@ -164,6 +178,10 @@ def merge(
         from merit_hf.sharing.community import accepted_checkpoints
 
         loaded = PartitionPlan.from_pretrained(plan)
+        if with_merged and (soup or len(weights or []) > 1):
+            raise ConfigError(
+                "--with-merged takes one --weights and no --soup: the merged model's groups cannot be weighed anew."
+            )
         chosen = checkpoints or accepted_checkpoints(loaded)
         section = loaded.config["merge"]
         weightings = weights or [loaded.local.get("merge_weights") or section["weights"]]
@@ -174,13 +192,17 @@ def merge(
             )
         from merit_hf.progress import Progress
 
+        alpha = interpolate_to_init
+        if alpha is None:
+            alpha = 1.0 if method else section.get("interpolate_to_init", 1.0)
         given = {key: parse_value(text) for key, text in named_values(parameter, "--parameter").items()}
         options: dict[str, Any] = {
             "engine": engine or section["engine"], "out_dtype": out_dtype or section["out_dtype"], "device": device,
             "exclude": tuple(exclude or ()), "allow_missing": allow_missing,
             "method": method or section.get("method", "linear"),
-            # Those of CONFIG are of CONFIG's method.
+            # Those of CONFIG, and its α, are of CONFIG's method.
             "parameters": given or ({} if method else section.get("parameters", {})),
+            "interpolate_to_init": alpha,
         }  # fmt: skip
         if soup:
             from merit_hf.sweep import greedy_soup, soup_table
@@ -190,29 +212,14 @@ def merge(
         else:
             from merit_hf.sweep import merge_sweep
 
+            options["with_merged"] = with_merged
             if form != "dense":
                 rank = svd_rank or (section.get("svd_rank") if form == "svd" else None)
                 options |= {"adapters": form, "svd_rank": rank}
 
             with Progress().stage("Merging", unit="tensors") as stage:
                 merge_sweep(loaded, chosen, output, weightings, progress=stage.update, **options)
-        _report_merge(output, plan, len(weightings) > 1, soup)
-
-
-def _report_merge(output: Path, plan: str, several: bool, soup: bool) -> None:
-    from merit_hf.manifest import read_manifest
-    from merit_hf.summary import merge_summary
-
-    folders = sorted(path for path in output.iterdir() if path.is_dir()) if several else [output]
-    for folder in folders:
-        say((f"{folder.name}: " if several else "") + merge_summary(read_manifest(folder)["stats"]))
-    names = " ".join(map(str, folders))
-    if soup:
-        say("The held-out rows chose these groups, so they no longer judge them fairly: evaluate on other rows too.")
-    say(
-        f"The merged model{'s are' if several else ' is'} in {names}. Next: merit evaluate {names} --plan {plan} "
-        f"--output {output if several else output.parent}"
-    )
+        report_merge(output, plan, len(weightings) > 1, soup)
 
 
 @app.command()
@@ -350,7 +357,10 @@ def run(
     accelerate_config: AccelerateConfig = None,
     debug: Debug = False,
 ) -> None:
-    """All of it: plan, train every group, merge, evaluate, report."""
+    """All of it: plan, train every group, merge, evaluate, report.
+
+    With run.rounds=2, it merges and goes on from there: each round trains on its own half of the rows.
+    """
     with exit_on_error(debug):
         quiet()
         from merit_hf.config import MeritConfig

@@ -78,3 +78,20 @@ def quiet() -> None:
     from merit_hf.quiet import quiet_libraries
 
     quiet_libraries()
+
+
+def report_merge(output: Path, plan: str, several: bool, soup: bool) -> None:
+    """How far each merged model moved, where it is, and what to do next."""
+    from merit_hf.manifest import read_manifest
+    from merit_hf.summary import merge_summary
+
+    folders = sorted(path for path in output.iterdir() if path.is_dir()) if several else [output]
+    for folder in folders:
+        say((f"{folder.name}: " if several else "") + merge_summary(read_manifest(folder)["stats"]))
+    names = " ".join(map(str, folders))
+    if soup:
+        say("The held-out rows chose these groups, so they no longer judge them fairly: evaluate on other rows too.")
+    say(
+        f"The merged model{'s are' if several else ' is'} in {names}. Next: merit evaluate {names} --plan {plan} "
+        f"--output {output if several else output.parent}"
+    )

@@ -15,7 +15,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from merit_hf.choices import check_choices, check_part
+from merit_hf.choices import (
+    MAX_INTERPOLATION,
+    check_adapters,
+    check_choices,
+    check_merge_method,
+    check_part,
+    check_rounds,
+)
 from merit_hf.errors import ConfigError as ConfigError
 from merit_hf.errors import MeritError as MeritError
 from merit_hf.fields import check_fields, nearest
@@ -174,6 +181,8 @@ class MergeSection(_Section):
         method (`str`, *optional*, defaults to `"linear"`): one of mergekit's, where `engine` is `mergekit`: `ties`,
             `dare_ties`, `slerp`, `karcher`, …
         parameters (`dict`, *optional*): of the method, by mergekit's names, such as `density`.
+        interpolate_to_init (`float`, *optional*, defaults to `1.0`): α of θ0 + α (θ̄ − θ0), as WARP has it: below 1 the
+            merged model lies nearer to the base, above 1 (up to 2) beyond the mean.
     """
 
     engine: Literal["safetensors", "mergekit"] = "safetensors"
@@ -183,6 +192,21 @@ class MergeSection(_Section):
     svd_rank: int | None = Field(default=None, ge=1)
     method: str = "linear"
     parameters: dict[str, Any] = {}
+    interpolate_to_init: float = Field(default=1.0, gt=0, le=MAX_INTERPOLATION, allow_inf_nan=False)
+
+
+class RunSection(_Section):
+    """How `merit run` goes; no part of any plan.
+
+    Args:
+        rounds (`int`, *optional*, defaults to `1`): plan, train and merge so many times; each round starts from what
+            the one before has merged, and trains on its own share of the rows. Together they train what one does.
+        replan (`bool`, *optional*, defaults to `False`): measure gradients and split anew at the base of every round
+            after the first. Default: all rounds keep the groups of the first.
+    """
+
+    rounds: int = Field(default=1, ge=1)
+    replan: bool = False
 
 
 class HubSection(_Section):
@@ -211,6 +235,7 @@ class MeritConfig(_Section):
     sft: dict[str, Any] = {}
     peft: dict[str, Any] | None = None
     merge: MergeSection = MergeSection()
+    run: RunSection = RunSection()
     hub: HubSection = HubSection()
     root: Path = Field(default=Path(), exclude=True)
 
@@ -282,7 +307,9 @@ class MeritConfig(_Section):
         for dataset in self.datasets:
             if dataset.part is not None:
                 check_part(dataset.name, dataset.part, source)
-        check_merge_method(self.merge.engine, self.merge.method, self.merge.parameters, source)
+        merge = self.merge
+        check_merge_method(merge.engine, merge.method, merge.parameters, source, merge.interpolate_to_init)
+        check_rounds(self, source)
         for dataset in self.datasets:
             if dataset.metric is not None:
                 check_metric(dataset.metric, f"{source}: datasets.{dataset.name}.metric")
@@ -294,28 +321,7 @@ class MeritConfig(_Section):
                 f"{source}: base.freeze={self.base.freeze} with `peft:`, which trains nothing of the base. Leave "
                 "base.freeze out, and keep adapters off modules with peft.exclude_modules."
             )
-        if self.peft is None and self.merge.adapters != "dense":
-            raise ConfigError(
-                f"{source}: merge.adapters={self.merge.adapters}, but without `peft:` the groups are whole models. "
-                "Leave merge.adapters out, or add `peft:`."
-            )
-        if (self.merge.adapters == "svd") != (self.merge.svd_rank is not None):
-            raise ConfigError(
-                f"{source}: merge.adapters={self.merge.adapters} with merge.svd_rank={self.merge.svd_rank}: `svd` "
-                "needs a rank, and nothing else takes one."
-            )
-
-
-def check_merge_method(engine: str, method: str, parameters: typing.Mapping[str, Any], source: str) -> None:
-    """Methods other than the mean are mergekit's.
-
-    Raises:
-        ConfigError: another engine is to run one, or parameters are given to a mean.
-    """
-    if method != "linear" and engine != "mergekit":
-        raise ConfigError(f"{source}: method {method} is mergekit's, and engine is {engine}. Set engine to mergekit.")
-    if method == "linear" and parameters:
-        raise ConfigError(f"{source}: parameters {sorted(parameters)} for method linear, which has none. Set method.")
+        check_adapters(self, source)
 
 
 def check_metric(name: str, where: str) -> None:
@@ -331,7 +337,8 @@ def _keys(model: Any) -> list[str]:
 
 def _section_of(location: tuple[int | str, ...]) -> type[BaseModel]:
     sections: dict[Any, type[BaseModel]] = {
-        "base": BaseSection, "datasets": DatasetSection, "plan": PlanSection, "merge": MergeSection, "hub": HubSection,
+        "base": BaseSection, "datasets": DatasetSection, "plan": PlanSection, "merge": MergeSection, "run": RunSection,
+        "hub": HubSection,
     }  # fmt: skip
     return sections.get(location[0], MeritConfig) if len(location) > 1 else MeritConfig
 

@@ -14,7 +14,7 @@ from merit_hf.overrides import read_mapping
 from merit_hf.plan import PartitionPlan
 from merit_hf.sft import chat_template_sha256, load_tokenizer, take_chat_template
 
-_SECTIONS = ("base", "datasets", "plan", "sft", "peft", "merge", "hub")
+_SECTIONS = ("base", "datasets", "plan", "sft", "peft", "merge", "run", "hub")
 _TEMPLATE = "chat_template_path"
 
 

@@ -8,20 +8,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from merit_hf.adapter_merge import merge_adapters_into
+from merit_hf.adapters import is_adapter
 from merit_hf.cards import merged_model_card
 from merit_hf.checkpoint import atomic_folder, weights_sha256
+from merit_hf.choices import check_merge_method
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import resolve_model
 from merit_hf.manifest import hash_files, read_manifest, write_manifest
 from merit_hf.merge import MERGEKIT_CONFIG_NAME, MergeStats, merge_into, model_reference
-from merit_hf.mergekit_engine import MethodUse, mergekit_config
+from merit_hf.merged_part import MergedPart, open_merged
+from merit_hf.mergekit_engine import LINEAR, MethodUse, mergekit_config
 from merit_hf.plan import PartitionPlan, canonical_sha256
 from merit_hf.verification.checks import Check, failed, manifest_checks
 from merit_hf.verification.sources import FolderSource, Source, open_source
@@ -51,6 +55,9 @@ def merge_groups(
     parameters: Mapping[str, Any] | None = None,
     device: str = "cpu",
     soup: Sequence[Mapping[str, Any]] | None = None,
+    interpolate_to_init: float = 1.0,
+    with_merged: str | Path | None = None,
+    round_of: Mapping[str, Any] | None = None,
 ) -> MergeStats:
     """Merge the groups of a plan once, after verifying each checkpoint against it.
 
@@ -58,7 +65,7 @@ def merge_groups(
         plan ([`PartitionPlan`]): the plan they were trained from.
         checkpoints (`Sequence`): folders or Hub ids (`org/name[@revision]`), in any order.
         output (`str` or `Path`): new folder; as in [`merge_checkpoints`], also `engine`, `out_dtype`, `progress`,
-            `method`, `parameters` and `device`.
+            `method`, `parameters`, `device` and `interpolate_to_init`, which scales a merged adapter.
         base (`str` or `Path`, *optional*): folder or Hub id of θ0, where the plan's own is not at hand.
         weights (`str` or `Path`, *optional*, defaults to `"tokens"`): `tokens` (the plan's `train_input_tokens`),
             `loss_tokens`, `uniform`, or a YAML or JSON file that maps group to weight.
@@ -69,16 +76,26 @@ def merge_groups(
             adapter of `svd_rank`.
         svd_rank (`int`, *optional*): see `adapters`.
         soup (`Sequence[Mapping]`, *optional*): how the groups were chosen, for the manifest; see [`greedy_soup`].
+        with_merged (`str` or `Path`, *optional*): folder or Hub id of a merged model in the stead of the groups in it,
+            with the sum of their weights. It was merged under this plan, or under one that this one extends.
+        round_of (`Mapping`, *optional*): which round of a run this is, for the manifest; see [`rounds`].
 
     Raises:
         ConfigError: a group is missing, given twice, not in the plan, or has no usable weight; `output` exists; or
             engine, out_dtype or adapters do not fit what the plan trains.
         MeritError: a checkpoint or the base does not verify, or the merge refuses it.
     """
+    check_merge_method(engine, method, parameters or {}, "merge", interpolate_to_init)
     _check_adapters(plan, engine, out_dtype, adapters, svd_rank)
-    chosen = chosen_groups(plan, checkpoints, exclude, allow_missing)
+    before = None
+    if with_merged is not None:
+        _check_method_of_parts(method)
+        before = open_merged(plan, with_merged, lambda numbers: group_weights(plan, numbers, weights), adapters)
+    chosen = chosen_groups(plan, checkpoints, exclude, allow_missing, before.numbers if before else ())
     numbers = sorted(chosen)
     values = group_weights(plan, numbers, weights)
+    if before is not None:
+        values = [sum(group_weights(plan, before.numbers, weights)), *values]
     folder = plan.base_folder() if base is None else _locate(base, "base")
     with atomic_folder(Path(output)) as part:
         _verify_base(plan, folder)
@@ -86,27 +103,35 @@ def merge_groups(
         here = copy.copy(plan)
         here.local = {**plan.local, "base": str(folder)}
         folders = verified_folders(here, [chosen[number] for number in numbers])
+        trained = dict(zip(numbers, folders, strict=True))
+        if before is not None:
+            folders = [before.folder, *folders]
         stats: MergeStats
         if adapters == "dense":
             stats = merge_into(
                 part, folder, folders, values, out_dtype, engine, progress=progress, method=method,
-                parameters=parameters, device=device,
+                parameters=parameters, device=device, interpolate_to_init=interpolate_to_init,
             )  # fmt: skip
         else:
-            stats = merge_adapters_into(part, folder, folders, values, adapters, svd_rank, progress)
+            stats = merge_adapters_into(
+                part, folder, folders, values, adapters, svd_rank, progress, interpolate_to_init
+            )
         if plan.peft:
-            recipe = adapters_recipe(folder, folders, values, stats.out_dtype)
+            recipe = adapters_recipe(folder, folders, values, stats.out_dtype, interpolate_to_init)
             (part / MERGEKIT_CONFIG_NAME).write_text(recipe, encoding="utf-8")
         if plan.base.get("chat_template") is not None:
             # The groups were trained with a template of the plan's, not with the base's own.
             (part / "chat_template.jinja").write_text(plan.base["chat_template"], encoding="utf-8")
-        manifest = _merged_manifest(plan, dict(zip(numbers, folders, strict=True)), engine, stats, part)
+        manifest = _merged_manifest(plan, trained, engine, stats, part, before)
         manifest["weights"] = weights if weights in ("tokens", "loss_tokens", "uniform") else "file"
         # None is the base's own; `out_dtype` in the manifest is what that came to.
         manifest["asked_out_dtype"] = out_dtype
         if plan.peft:
             manifest |= {"peft": plan.peft, "adapters": adapters, "svd_rank": svd_rank}
         manifest["method"], manifest["parameters"] = method, dict(parameters or {})
+        manifest["interpolate_to_init"] = interpolate_to_init
+        if round_of is not None:
+            manifest["round"] = dict(round_of)
         if soup is not None:
             manifest["soup"] = list(soup)
         write_manifest(part, manifest)
@@ -134,13 +159,25 @@ def _check_adapters(
         raise ConfigError(f"out_dtype {out_dtype!r}: a merged adapter is float32. Leave it out, or merge dense.")
 
 
-def adapters_recipe(base: Path, folders: Sequence[Path], weights: Sequence[float], out_dtype: str) -> str:
+def _check_method_of_parts(method: str) -> None:
+    if method != LINEAR:
+        raise ConfigError(
+            f"with_merged is for a mean, which a merged model can be a part of, and method is {method}. Give the "
+            "groups themselves."
+        )
+
+
+def adapters_recipe(
+    base: Path, folders: Sequence[Path], weights: Sequence[float], out_dtype: str, interpolate_to_init: float = 1.0
+) -> str:
     """The mergekit config of the same dense sum: each model is the base with one adapter on it."""
-    adapters = [model_reference(folder) for folder in folders]
+    names, origin = [model_reference(folder) for folder in folders], model_reference(base)
     fractions = [weight / sum(weights) for weight in weights]
-    content = yaml.safe_load(mergekit_config(adapters, fractions, out_dtype, MethodUse(), model_reference(base)))
-    for model, adapter in zip(content["models"], adapters, strict=True):
-        model["model"] = {"model": _model_path(model_reference(base)), "lora": _model_path(adapter)}
+    recipe = mergekit_config(names, fractions, out_dtype, MethodUse(), origin, interpolate_to_init)
+    content = yaml.safe_load(recipe)
+    for model, folder, name in zip(content["models"], folders, names, strict=False):
+        if is_adapter(folder):
+            model["model"] = {"model": _model_path(origin), "lora": _model_path(name)}
     content["base_model"] = copy.deepcopy(content["models"][0]["model"])
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
 
@@ -154,11 +191,22 @@ def _model_path(reference: str) -> dict[str, str]:
 
 
 def chosen_groups(
-    plan: PartitionPlan, checkpoints: Sequence[str | Path], exclude: Sequence[int], allow_missing: bool
+    plan: PartitionPlan,
+    checkpoints: Sequence[str | Path],
+    exclude: Sequence[int],
+    allow_missing: bool,
+    merged: Collection[int] = (),
 ) -> dict[int, Source]:
-    """Checkpoint by group, as the manifests say, less the excluded groups; nothing is downloaded yet."""
+    """Checkpoint by group, as the manifests say, less the excluded groups; nothing is downloaded yet.
+
+    `merged`: groups that are there already, in a merged model.
+    """
     for excluded in exclude:
         plan.group(excluded)
+        if excluded in merged:
+            raise ConfigError(
+                f"--exclude {excluded}: group {excluded} is in the merged model, and cannot be taken out."
+            )
     given: dict[int, Source] = {}
     for checkpoint in checkpoints:
         source = open_source(checkpoint, "checkpoint")
@@ -167,8 +215,10 @@ def chosen_groups(
             raise ConfigError(
                 f"group {number} is given twice: {given[number].name} and {source.name}. Give one of them."
             )
+        if number in merged:
+            raise ConfigError(f"{source.name}: group {number} is in the merged model already. Leave it out.")
         given[number] = source
-    wanted = set(range(plan.num_groups)) - set(exclude)
+    wanted = set(range(plan.num_groups)) - set(exclude) - set(merged)
     missing = sorted(wanted - given.keys())
     if missing and not allow_missing:
         raise ConfigError(
@@ -282,9 +332,18 @@ def _merged_manifest(
     engine: str,
     stats: MergeStats,
     part: Path,
+    before: MergedPart | None,
 ) -> dict[str, Any]:
-    groups = []
+    """`stats` are of the models that went in; the manifest's are of the groups."""
+    groups, record = [], {}
     fractions: Sequence[float | None] = stats.fractions or [None] * len(folders)
+    distances = stats.group_displacements
+    if before is not None:
+        share, fractions = fractions[0], fractions[1:]
+        assert share is not None
+        groups = [{**entry, "weight": share * entry["weight"]} for entry in before.entries]
+        record = {"with_merged": {**before.record, "weight": share}}
+        distances = [*before.group_displacements, *distances[1:]]
     for (number, folder), fraction in zip(folders.items(), fractions, strict=True):
         manifest = read_manifest(folder)
         repo_id, _, revision = model_reference(folder).partition("@")
@@ -301,6 +360,8 @@ def _merged_manifest(
                 "revision": None if repo_id.startswith("/") else revision,
             }
         )
+    in_order = sorted(range(len(groups)), key=lambda index: groups[index]["group"])
+    told = replace(stats, group_displacements=[distances[index] for index in in_order]).to_dict()
     files = hash_files(part)
     # Publishing rewrites the paths in this one.
     files.pop(MERGEKIT_CONFIG_NAME)
@@ -309,10 +370,11 @@ def _merged_manifest(
         "kind": "merged",
         "plan": {"repo_id": plan.repo_id, "revision": plan.revision, "sha256": plan.sha256},
         "base": {key: plan.base[key] for key in ("repo_id", "revision", "weights_sha256", "chat_template_sha256")},
-        "groups": groups,
+        "groups": [groups[index] for index in in_order],
+        **record,
         "out_dtype": stats.out_dtype,
         "engine": engine,
-        "stats": stats.to_dict(),
+        "stats": told,
         "versions": library_versions(),
         "files": files,
     }

@@ -21,7 +21,8 @@ import torch
 from merit_hf.align import FLOATS, align
 from merit_hf.average import Average, dtype_name
 from merit_hf.checkpoint import ShardWriter, TensorInfo, atomic_folder, read_model_config, side_files
-from merit_hf.config import ConfigError, check_merge_method
+from merit_hf.choices import check_merge_method
+from merit_hf.config import ConfigError
 from merit_hf.hub import repo_of_snapshot
 from merit_hf.mergekit_engine import LINEAR, MethodUse, check_method, mergekit_config, run_mergekit
 
@@ -36,10 +37,10 @@ class MergeStats:
 
     Attributes:
         num_tensors, num_parameters: of the merged model as stored.
-        fractions: the normalised weight of each checkpoint; None where the method takes none.
-        displacement: ‖θ̄ − θ0‖, before the cast.
+        fractions: the normalised weight of each checkpoint in the mean θ̄; None where the method takes none.
+        displacement: ‖θ − θ0‖ of the merged model, before the cast.
         group_displacements: ‖θ_k − θ0‖, in the order of the checkpoints.
-        cast_loss: ‖cast(θ̄) − θ̄‖. cast_share: its share of the displacement.
+        cast_loss: ‖cast(θ) − θ‖. cast_share: its share of the displacement.
         out_dtype: of most parameters.
         seconds: wall time.
     """
@@ -81,6 +82,7 @@ def merge_checkpoints(
     method: str = LINEAR,
     parameters: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    interpolate_to_init: float = 1.0,
 ) -> MergeStats:
     """Write θ̄ = Σ_k w_k θ_k, w normalised, with every side file of the base and `mergekit_config.yml`.
 
@@ -98,17 +100,20 @@ def merge_checkpoints(
             is the base of those that take one.
         parameters (`Mapping`, *optional*): of the method, by mergekit's names: `{"density": 0.5}`.
         device (`str`, *optional*, defaults to `"cpu"`): where it is computed; needs float64.
+        interpolate_to_init (`float`, *optional*, defaults to `1.0`): α of θ = θ0 + α (θ̄ − θ0), more than 0 and at most
+            2, in place of θ̄: θ0 joins the sum with the weight 1 − α, and all is rounded once.
 
     Raises:
         ConfigError: a weight is not positive and finite, a checkpoint is listed twice, a method or parameter does not
-            exist, there is no such device, or `output` exists.
+            exist, there is no such device, `interpolate_to_init` is out of range or the method is not linear, or
+            `output` exists.
         MeritError: the checkpoints do not fit the base or each other, hold a non-finite value, or cannot be read;
             mergekit would lose tensors.
     """
     with atomic_folder(Path(output)) as part:
         stats = merge_into(
             part, base, checkpoints, weights, out_dtype, engine, max_shard_size, progress, method=method,
-            parameters=parameters, device=device,
+            parameters=parameters, device=device, interpolate_to_init=interpolate_to_init,
         )  # fmt: skip
     return stats
 
@@ -126,6 +131,7 @@ def merge_into(
     method: str = LINEAR,
     parameters: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    interpolate_to_init: float = 1.0,
 ) -> MergeStats:
     """[`merge_checkpoints`] into an existing empty folder, for callers that add files before they rename it."""
     start = time.monotonic()
@@ -134,7 +140,7 @@ def merge_into(
     _check_choice("engine", engine, ("safetensors", "mergekit"))
     _check_choice("out_dtype", out_dtype, (None, *_OUT_DTYPES))
     _check_device(device)
-    check_merge_method(engine, method, parameters or {}, "merge")
+    check_merge_method(engine, method, parameters or {}, "merge", interpolate_to_init)
     use = check_method(method, parameters or {}, len(folders)) if engine == "mergekit" else MethodUse()
     origin, *groups = align(Path(base), folders)
     tensors = {
@@ -145,9 +151,14 @@ def merge_into(
     _copy_side_files(Path(base), part, out_dtype)
     result = None
     if engine == "mergekit":
-        here = mergekit_config([str(f) for f in folders], fractions, "float32", use, str(Path(base).resolve()))
+        paths = [str(f) for f in folders]
+        here = mergekit_config(paths, fractions, "float32", use, str(Path(base).resolve()), interpolate_to_init)
         result = run_mergekit(here, part / "mergekit.part", tensors, device)
-    average = Average(origin, groups, fractions, result, device)
+    terms, shares = groups, [interpolate_to_init * fraction for fraction in fractions]
+    if interpolate_to_init != 1:
+        # θ0 + α (θ̄ − θ0) is one sum more: θ0 takes the weight that is left.
+        terms, shares = [*groups, origin], [*shares, 1 - interpolate_to_init]
+    average = Average(origin, terms, shares, result, device)
     with ShardWriter(part, tensors, max_shard_size) as writer:
         dtypes = {name: FLOATS.get(tensors[name].dtype, torch.float32) for name in writer.names}
         for done, (name, pieces) in enumerate(average.stream(dtypes), start=1):
@@ -157,14 +168,14 @@ def merge_into(
     if result is not None:
         shutil.rmtree(result.folder)
     names = [model_reference(folder) for folder in folders]
-    recipe = mergekit_config(names, fractions, dtype, use, model_reference(Path(base).resolve()))
+    recipe = mergekit_config(names, fractions, dtype, use, model_reference(Path(base).resolve()), interpolate_to_init)
     (part / MERGEKIT_CONFIG_NAME).write_text(recipe, encoding="utf-8")
     return MergeStats(
         num_tensors=len(tensors),
         num_parameters=sum(info.num_elements for info in tensors.values()),
         fractions=fractions if use.takes_weights else None,
         displacement=math.sqrt(average.squares["displacement"]),
-        group_displacements=[math.sqrt(square) for square in average.group_squares],
+        group_displacements=[math.sqrt(square) for square in average.group_squares[: len(groups)]],
         cast_loss=math.sqrt(average.squares["cast"]),
         out_dtype=dtype,
         seconds=time.monotonic() - start,

@@ -84,18 +84,29 @@ def check_method(name: str, parameters: Mapping[str, Any], num_checkpoints: int)
 
 
 def mergekit_config(
-    references: Sequence[str], fractions: Sequence[float], out_dtype: str, use: MethodUse, base: str
+    references: Sequence[str],
+    fractions: Sequence[float],
+    out_dtype: str,
+    use: MethodUse,
+    base: str,
+    interpolate_to_init: float = 1.0,
 ) -> str:
     """The YAML that `mergekit-yaml` takes; for `linear` it gives the same mean, within one rounding of `out_dtype`.
+
+    A mean that is interpolated to θ0 has θ0 as its last model, with the weight that the others leave.
 
     Where θ0 is no input, `base_model` is one of the models, since mergekit otherwise takes config and tokenizer from
     any of them.
     """
     models = [_model(reference) for reference in references]
     entries = [
-        {"model": model, "parameters": {"weight": fraction}} if use.takes_weights else {"model": model}
+        {"model": model, "parameters": {"weight": interpolate_to_init * fraction}}
+        if use.takes_weights
+        else {"model": model}
         for model, fraction in zip(models, fractions, strict=True)
     ]
+    if interpolate_to_init != 1:
+        entries.append({"model": _model(base), "parameters": {"weight": 1 - interpolate_to_init}})
     shared = {"normalize": True} if use.name == LINEAR else dict(use.parameters or {})
     config = {
         "merge_method": use.name,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ from merit_hf.tables import PlannedGroup as PlannedGroup
 # What plan.json holds of a plan; the tables hold the rest.
 _CONTENT = ("config", "base", "sft", "explained", "bounds", "skipped", "cost", "versions", "inputs_sha256")
 _COUNTS = ("num_examples", "num_input_tokens", "num_loss_tokens")
+
+
+def _sha256_of_groups(groups: Sequence[PlannedGroup]) -> str:
+    keys = ("group_sha256", "num_steps", "train_input_tokens", "train_loss_tokens")
+    return canonical_sha256(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "groups": [{key: getattr(group, key) for key in keys} for group in groups],
+        }
+    )
 
 
 @dataclass
@@ -110,20 +121,15 @@ class PartitionPlan:
     @property
     def sha256(self) -> str:
         """The plan's identity: what determines training and merging, and nothing else."""
-        return canonical_sha256(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "groups": [
-                    {
-                        "group_sha256": group.group_sha256,
-                        "num_steps": group.num_steps,
-                        "train_input_tokens": group.train_input_tokens,
-                        "train_loss_tokens": group.train_loss_tokens,
-                    }
-                    for group in self.groups
-                ],
-            }
-        )
+        return _sha256_of_groups(self.groups)
+
+    def extends(self, sha256: str) -> int | None:
+        """How many groups the plan with this identity has, where it is this one or one that this one extends.
+
+        Extensions only add groups at the end, so every plan before is known by the groups of this one.
+        """
+        counts = range(self.num_groups, 0, -1)
+        return next((count for count in counts if _sha256_of_groups(self.groups[:count]) == sha256), None)
 
     def group(self, number: int) -> PlannedGroup:
         """Raises ConfigError where there is no such group."""

@@ -17,7 +17,8 @@ _PLAN_FILES = ("affinity", "embedding_model", "optimizer_state")
 
 def published_config(config: MeritConfig) -> dict[str, Any]:
     """CONFIG with its defaults resolved and nothing in it that names a file of this machine."""
-    content = config.model_dump(mode="json")
+    # How `merit run` goes is no part of a plan.
+    content = config.model_dump(mode="json", exclude={"run"})
     content["plan"]["num_groups"] = config.num_groups
     for key in _PLAN_FILES:
         if _is_file(key, content["plan"][key], config.root):

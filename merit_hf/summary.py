@@ -83,15 +83,20 @@ def run_summary(result: RunResult, output: Path) -> list[Any]:
         lines.append(evaluation_table(result.evaluation))
         lines.append(f"Evaluation: {output / EVALUATION_NAME}")
     lines.append(merge_summary(read_manifest(result.merged)["stats"]))
+    last = output / "rounds" / str(len(result.rounds)) if result.rounds else output
     lines.append(f"Plan:       {output / 'plan'}")
-    lines.append(f"Groups:     {output / 'groups'}/0 … {result.plan.num_groups - 1}")
+    if result.rounds:
+        lines.append(
+            f"Rounds:     {output / 'rounds'}/1 … {len(result.rounds)}, each with its plan, groups and merged"
+        )
+    lines.append(f"Groups:     {last / 'groups'}/0 … {result.plan.num_groups - 1}")
     if result.joint is not None:
         lines.append(f"Joint:      {result.joint}")
     lines.append(f"Merged:     {result.merged}  (card: {result.merged / 'README.md'})")
     lines.append(f"Report:     {result.report}")
     lines += [f"Pushed:     {what} → {url}" for what, url in result.pushed.items()]
     names = " ".join(str(group) for group in result.groups)
-    lines.append(f"Next: merit verify {output / 'plan'} {names}")
+    lines.append(f"Next: merit verify {last / 'plan'} {names}")
     return lines
 
 

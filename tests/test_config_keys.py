@@ -32,6 +32,7 @@ from merit_hf.config import (
     MergeSection,
     MeritConfig,
     PlanSection,
+    RunSection,
 )
 from merit_hf.data import load_rows
 from merit_hf.evaluation.evaluate import evaluate_models
@@ -46,6 +47,7 @@ SECTIONS = {
     "datasets": DatasetSection,
     "plan": PlanSection,
     "merge": MergeSection,
+    "run": RunSection,
     "hub": HubSection,
 }
 KEYS = {f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields}
@@ -208,6 +210,7 @@ MERGE_CASES = {
     "merge.out_dtype": ("float32", "dtypes"),
     "merge.method": ("task_arithmetic", "method"),
     "merge.parameters": ({"lambda": 0.5}, "weights"),
+    "merge.interpolate_to_init": (0.5, "weights"),
 }
 # What else CONFIG says where the key means something.
 MERGE_BESIDES = {
@@ -265,6 +268,8 @@ def test_a_key_changes_the_merge(
 
 # In test_peft.py, test_the_whole_road and test_merged_groups: they mean nothing without LoRA groups.
 ADAPTER_KEYS = ("merge.adapters", "merge.svd_rank")
+# In test_rounds.py.
+RUN_KEYS = ("run.rounds", "run.replan")
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +424,7 @@ def test_a_placement_field_of_sft_changes_how_it_is_trained_but_not_the_plan(mix
 
 
 def test_every_key_has_a_case() -> None:
-    cases = [*PLAN_CASES, *ROW_CASES, *MERGE_CASES, *ADAPTER_KEYS, *EVALUATE_KEYS, *HUB_KEYS, *PUSH_KEYS]
+    cases = [*PLAN_CASES, *ROW_CASES, *MERGE_CASES, *ADAPTER_KEYS, *RUN_KEYS, *EVALUATE_KEYS, *HUB_KEYS, *PUSH_KEYS]
     assert len(cases) == len(set(cases))
     assert set(cases) == KEYS
     assert set(MeritConfig.model_fields) == {*SECTIONS, "sft", "peft", "root"}

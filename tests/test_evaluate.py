@@ -16,7 +16,7 @@ from tiny import as_chat, make_base, make_mixture, task_rows, write_jsonl
 from typer.testing import CliRunner, Result
 
 from merit_hf.cli import app
-from merit_hf.config import ConfigError, MeritConfig
+from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.evaluation.evaluate import evaluate_models, merged_models, save_evaluation
 from merit_hf.group_merge import merge_groups
 from merit_hf.manifest import hash_files, read_manifest
@@ -289,6 +289,25 @@ def test_a_wrong_call_is_told_before_anything_is_loaded(
     assert done.exit_code == 2, done.output
     assert said in done.stderr
     assert not out.exists()
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_is_loaded(
+    tiny_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path
+) -> None:
+    half, empty = tmp_path / "half", tmp_path / "empty"
+    for folder in (half, empty):
+        folder.mkdir()
+    (half / "adapter_config.json").write_text("{}")
+    for place, said in (("nowhere", "no such folder"), ("empty", "no model.safetensors"), ("half", "no adapter_m")):
+        with pytest.raises(MeritError, match=said):
+            evaluate(tiny_plan, {"base": tiny_plan.base_folder(), "x": tmp_path / place}, output=tmp_path / "out")
+    for place, code in ((tmp_path / "nowhere", 2), (empty, 1)):
+        done = merit("evaluate", tiny_groups[0], place, "--plan", tiny_plan.folder, "--output", tmp_path / "out")
+        assert done.exit_code == code, done.output
+        assert isinstance(done.exception, SystemExit)
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert str(place) in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mixture_file_may_name_the_metric(tmp_path: Path) -> None:

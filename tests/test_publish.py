@@ -324,6 +324,42 @@ def test_a_merged_model(accepted: World) -> None:
     assert "True" in accepted.bob("-c", code).check().out
 
 
+def test_a_branch_to_a_merged_model_halfway_from_the_base(accepted: World) -> None:
+    """Every model of the recipe is a repo at a commit: the earlier merged model, the new group, and the base."""
+    hub, alice, bob = accepted.hub, accepted.alice, accepted.bob
+    for folder in (alice.folder / "first", bob.folder / "half", bob.folder / "loose-half"):
+        shutil.rmtree(folder, ignore_errors=True)
+    alice("merge", PLAN, "alice/group-0", "--allow-missing", "--output", "first").check()
+    alice("push", "first", "org/first").check()
+    # Whatever else lies in the repo is not downloaded.
+    hub.api("alice").upload_file(path_or_fileobj=b"x" * 5000, path_in_repo="payload.bin", repo_id="org/first")
+    bob.forget()
+    hub.exchanges.clear()
+    half = ("--interpolate-to-init", "0.5")
+    bob("merge", PLAN, "bob/group-1", "--with-merged", "org/first", *half, "--output", "half").check()
+    assert not [exchange.path for exchange in hub.exchanges if "payload" in exchange.path]
+    assert f"`org/first@{head(hub, 'model', 'org/first')[:12]}`" in (bob.folder / "half/README.md").read_text()
+    bob("push", "half", "bob/half").check()
+    repo = hub.hub.repos["model", "bob/half"]
+    recipe = yaml.safe_load(repo.read(repo.resolve("main"), "mergekit_config.yml") or b"")
+    base, group = (f"{name}@{head(hub, 'model', name)}" for name in ("org/base", "bob/group-1"))
+    first = read_manifest(bob.folder / "half")["with_merged"]
+    assert first["repo_id"] == "org/first"
+    path, _, revision = base.partition("@")
+    models = [model["model"] for model in recipe["models"]]
+    assert models == [f"org/first@{first['revision']}", group, {"model": {"path": path, "revision": revision}}]
+    assert sum(model["parameters"]["weight"] for model in recipe["models"]) == pytest.approx(1)
+    info = hub.api("bob").model_info("bob/half")
+    assert {"base_model:merge:org/first", "base_model:merge:bob/group-1"} <= set(info.tags)
+    assert [entry["group"] for entry in read(hub, "model", "bob/half", "merit.json")["groups"]] == [0, 1]
+    # From a folder, nobody could make it again.
+    shutil.copytree(alice.folder / "first", bob.folder / "first", dirs_exist_ok=True)
+    bob("merge", PLAN, "bob/group-1", "--with-merged", "first", "--output", "loose-half").check()
+    refused = bob("push", "loose-half", "bob/loose-half")
+    assert refused.code == 2
+    assert "merge with --with-merged OWNER/NAME" in refused.error
+
+
 def test_what_a_merged_push_refuses(accepted: World) -> None:
     alice, hub = accepted.alice, accepted.hub
     before = look(hub)

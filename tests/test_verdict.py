@@ -219,6 +219,13 @@ def test_the_controls() -> None:
     numbers["geometry"]["merged_from_mean"] = 0.3
     assert judge(numbers, 1e-4)["status"] == "caution"
     assert "25% of the mean's displacement" in judge(numbers, 1e-4)["summary"]
+    # What was asked for is no fault.
+    numbers["settings"]["interpolate_to_init"] = 0.75
+    found = judge(numbers, 1e-4)
+    assert found["status"] == "healthy"
+    texts = {finding["code"]: finding["text"] for finding in found["findings"]}
+    assert "put at 0.75 of the way from base to mean" in texts["interpolated"]
+    assert "not_the_mean" not in texts
 
 
 def test_datasets_that_the_merge_made_worse_are_listed() -> None:

@@ -25,7 +25,6 @@ from trl import SFTTrainer
 from merit_hf.callback import MeritCallback
 from merit_hf.config import ConfigError, DatasetSection, MeritConfig, MeritError
 from merit_hf.data import LoadedDataset, load_rows
-from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.gradients import GradientSettings, dataset_gradient
 from merit_hf.images import embedded
 from merit_hf.manifest import hash_files, read_manifest, write_manifest
@@ -422,8 +421,3 @@ def test_published_rows_hold_their_images_and_name_no_folder(tmp_path: Path) -> 
     shutil.rmtree(tmp_path / "pictures")
     assert load(tmp_path, "published.parquet").fingerprint == loaded.fingerprint
     assert str(tmp_path).encode() not in (tmp_path / "published.parquet").read_bytes()
-
-
-def test_answers_about_images_are_refused_before_anything_is_loaded(vl_plan: Callable[..., PartitionPlan]) -> None:
-    with pytest.raises(ConfigError, match="--no-generate"):
-        evaluate_models(vl_plan(), {"base": Path("nowhere")}, progress=QUIET)

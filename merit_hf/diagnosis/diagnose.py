@@ -101,7 +101,8 @@ def diagnose(
     probed = probe(plan, sources, survey, store, num_samples, forward_only, tokens_per_batch, progress, scratch)
     content = _content(plan, probed, folders)
     content["settings"] |= {"num_samples": num_samples, "forward_only": forward_only}
-    content["settings"] |= {"adapters": None if merged is None else read_manifest(merged).get("adapters")}
+    made = {} if merged is None else read_manifest(merged)
+    content["settings"] |= {key: made.get(key) for key in ("adapters", "interpolate_to_init")}
     content["cost"] |= {"seconds": round(time.monotonic() - start, 1)}
     vocab_size = read_model_config(located["base"]).get("vocab_size")
     content["verdict"] = judge(content, plan.sft.get("learning_rate"), vocab_size, plan.trust)

@@ -222,7 +222,14 @@ def _control_findings(content: Mapping[str, Any]) -> list[Finding]:
     overall, geometry, findings = content["overall"], content["geometry"], []
     apart = geometry["merged_from_mean"]
     displacement = geometry["norms"][geometry["labels"].index("mean")]
-    if apart is not None and displacement > 0 and apart > NOT_THE_MEAN * displacement:
+    alpha = content["settings"].get("interpolate_to_init") or 1
+    if alpha != 1 and apart is not None:
+        text = (
+            f"The merged model was put at {alpha:g} of the way from base to mean (interpolate_to_init); its loss − "
+            f"the mean's: {signed(overall['changes']['merged-mean'])}. Gain and barriers here are the mean's."
+        )
+        findings.append(Finding("interpolated", NOTE, text))
+    elif apart is not None and displacement > 0 and apart > NOT_THE_MEAN * displacement:
         text = (
             f"The merged model is not the weighted mean of the groups: it lies {apart:.3g} from it, "
             f"{apart / displacement:.0%} of the mean's displacement (its loss − the mean's: "

@@ -16,8 +16,9 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from merit_hf.adapters import is_adapter, read_adapter_index
 from merit_hf.cards import EVALUATION_FIGURE, merged_model_card
-from merit_hf.checkpoint import INDEX_NAME, SINGLE_NAME, read_tensor_index
+from merit_hf.checkpoint import read_tensor_index
 from merit_hf.config import ConfigError, DatasetSection
 from merit_hf.evaluation.comparison import compare, predictions
 from merit_hf.evaluation.comparison_table import evaluation_table as evaluation_table
@@ -66,13 +67,12 @@ def evaluate_models(
 
     Raises:
         ConfigError: no dataset has held-out rows; a metric that is unknown, or whose library is not installed.
-        MeritError: a model cannot be read.
+        MeritError: a model is not there, or cannot be read; told before anything is loaded.
     """
     progress = progress or Progress()
     for folder in models.values():
         # Hours of answers come before the last model is loaded: what cannot be read is told now.
-        if (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists():
-            read_tensor_index(folder)
+        read_adapter_index(folder) if is_adapter(folder) else read_tensor_index(folder)
     args = build_args(plan.config["sft"])
     base = plan.base_folder()
     tokenizer, context = load_tokenizer(base, plan.base.get("chat_template"), plan.has_images), _context(base)

@@ -29,12 +29,22 @@ class TrainedModel:
 
 
 @dataclass(frozen=True)
+class RoundFolder:
+    """A round of a run: its number, from 1, its plan, and {group: its checkpoint}."""
+
+    number: int
+    plan: PartitionPlan
+    groups: dict[int, TrainedModel]
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """A run as it lies on disk.
 
     Attributes:
         plan_name: the plan's folder, relative to the run's: `plan`, or `.` where the folder is a plan itself.
-        groups: {group: its checkpoint}. merged: merit.json of the merged model.
+        groups: {group: its checkpoint}; of a run in rounds, the last one's. merged: merit.json of the merged model.
+        rounds: those that are there; none of a run that merges once.
         evaluation, diagnosis: the JSON of `merit evaluate` and `merit diagnose`.
         notices: what lies there and is not shown, with the reason.
     """
@@ -47,6 +57,7 @@ class RunFolder:
     evaluation: dict[str, Any] | None
     diagnosis: dict[str, Any] | None
     notices: list[str]
+    rounds: list[RoundFolder] = field(default_factory=list)
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -63,25 +74,43 @@ def read_run(folder: Path) -> RunFolder:
         )
     plan = PartitionPlan.from_pretrained(folder / places[0])
     notices: list[str] = []
-    groups = {}
-    for group in range(plan.num_groups):
-        found = _trained(folder / "groups" / str(group))
-        if found is not None and _is_of(found.manifest, plan, group):
-            groups[group] = found
-        elif found is not None:
-            notices.append(f"groups/{group} was trained under another plan, or as another group: it is left out.")
+    rounds = _read_rounds(folder, notices)
+    groups = rounds[-1].groups if rounds else _read_groups(folder, "groups", plan, notices)
     joint = _trained(folder / "joint" / "groups" / "0")
     if joint is not None and joint.manifest.get("base", {}).get("weights_sha256") != plan.base["weights_sha256"]:
         notices.append("joint was trained from another base: it is left out.")
         joint = None
     merged = read_manifest(folder / "merged") if (folder / "merged" / MANIFEST_NAME).is_file() else None
-    if merged is not None and merged.get("plan", {}).get("sha256") != plan.sha256:
+    # The rounds of a run have plans of their own, and name the one of all rows.
+    named = [(merged or {}).get(key) or {} for key in ("plan", "round")]
+    if merged is not None and plan.sha256 not in (named[0].get("sha256"), named[1].get("plan_sha256")):
         notices.append("merged was merged under another plan: it is left out.")
         merged = None
     return RunFolder(
         plan, places[0], groups, joint, merged,
         _of_this_plan(folder, _EVALUATIONS, plan, notices), _of_this_plan(folder, _DIAGNOSES, plan, notices), notices,
+        rounds,
     )  # fmt: skip
+
+
+def _read_rounds(folder: Path, notices: list[str]) -> list[RoundFolder]:
+    found: list[RoundFolder] = []
+    while (folder / "rounds" / str(len(found) + 1) / "plan" / PLAN_NAME).is_file():
+        name = f"rounds/{len(found) + 1}"
+        plan = PartitionPlan.from_pretrained(folder / name / "plan")
+        found.append(RoundFolder(len(found) + 1, plan, _read_groups(folder, f"{name}/groups", plan, notices)))
+    return found
+
+
+def _read_groups(folder: Path, name: str, plan: PartitionPlan, notices: list[str]) -> dict[int, TrainedModel]:
+    groups = {}
+    for group in range(plan.num_groups):
+        found = _trained(folder / name / str(group))
+        if found is not None and _is_of(found.manifest, plan, group):
+            groups[group] = found
+        elif found is not None:
+            notices.append(f"{name}/{group} was trained under another plan, or as another group: it is left out.")
+    return groups
 
 
 def _trained(folder: Path) -> TrainedModel | None:

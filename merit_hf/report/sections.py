@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from merit_hf.report import charts
 from merit_hf.report.blocks import Cell, Table, count, decimals, group_cell, listed, number, plural, text
 from merit_hf.report.run_folder import RunFolder, TrainedModel
 from merit_hf.report.words import cosine_sentence, is_noise, verdict_sentence
-from merit_hf.tables import MAX_ALL_PAIRS
+from merit_hf.tables import MAX_ALL_PAIRS, PlannedGroup
 from merit_hf.text import hide_local_paths, public_text
 from merit_hf.trust_words import trust_sentences
 
@@ -62,20 +63,21 @@ def training_facts(run: RunFolder) -> dict[str, Any]:
     """What every group took and counted, and the losses that were logged."""
     rows = []
     mismatched = []
-    for planned in run.plan.groups:
-        trained = run.groups.get(planned.group)
+    merged = {entry["group"] for entry in run.merged["groups"]} if run.merged else set()
+    for label, planned, trained in _trainings(run):
         if trained is None:
-            rows.append([group_cell(planned.group), Cell("not trained yet", tone="note"), count(planned.num_steps),
+            state = "merged, its checkpoint is not here" if planned.group in merged else "not trained yet"
+            rows.append([label, Cell(state, tone="note"), count(planned.num_steps),
                          count(planned.train_input_tokens), *[text(None)] * 5])  # fmt: skip
             continue
         facts = trained.manifest
         same = facts["num_input_tokens"] == planned.train_input_tokens
         if not same or facts["num_loss_tokens"] != planned.train_loss_tokens:
-            mismatched.append(str(planned.group))
+            mismatched.append(label.text)
         complete = facts["status"] == "complete"
         rows.append(
             [
-                group_cell(planned.group), Cell(str(facts["status"]), tone="" if complete else "bad"),
+                label, Cell(str(facts["status"]), tone="" if complete else "bad"),
                 count(facts["num_steps"]), count(planned.train_input_tokens),
                 count(facts["num_input_tokens"], "good" if same else "bad"), count(facts["num_loss_tokens"]),
                 _padding(facts), *_ends(trained),
@@ -93,15 +95,35 @@ def training_facts(run: RunFolder) -> dict[str, Any]:
     return {
         "table": Table("training", "What every group was trained on", columns, rows),
         "mismatched": mismatched,
-        "missing": [group.group for group in run.plan.groups if group.group not in run.groups],
+        "missing": []
+        if run.rounds
+        else [group.group for group in run.plan.groups if group.group not in run.groups and group.group not in merged],
         "thinned": any(len(log) > charts.MAX_POINTS for log in logs.values()),
         "charts": [charts.losses_chart(logs)] if logs else [],
     }
 
 
+def _trainings(run: RunFolder) -> list[tuple[Cell, PlannedGroup, TrainedModel | None]]:
+    """Every group of every round, as it is called, as it was planned, and as it was trained."""
+    if not run.rounds:
+        return [(group_cell(group.group), group, run.groups.get(group.group)) for group in run.plan.groups]
+    return [
+        (replace(group_cell(group.group), text=f"round {place.number}: {group.group}"), group,
+         place.groups.get(group.group))
+        for place in run.rounds
+        for group in place.plan.groups
+    ]  # fmt: skip
+
+
 def training_logs(run: RunFolder) -> dict[str, list[tuple[float, float]]]:
     """{"group 0" …, "joint": (step, loss) of what was logged}."""
-    logs = {f"group {number}": model.log for number, model in sorted(run.groups.items()) if model.log}
+    places = [(f"round {place.number}, ", place.groups) for place in run.rounds] or [("", run.groups)]
+    logs = {
+        f"{where}group {number}": model.log
+        for where, groups in places
+        for number, model in sorted(groups.items())
+        if model.log
+    }
     return logs | ({"joint": run.joint.log} if run.joint is not None and run.joint.log else {})
 
 
@@ -112,6 +134,7 @@ def merge_facts(run: RunFolder) -> dict[str, Any] | None:
         return None
     stats = manifest["stats"]
     moved = stats["group_displacements"]
+    alpha, place = manifest.get("interpolate_to_init", 1), manifest.get("round")
     weights = [entry["weight"] for entry in manifest["groups"]]
     rows = [
         [group_cell(entry["group"]), count(entry["num_input_tokens"]), number(entry["weight"], 4), number(distance, 3)]
@@ -130,7 +153,10 @@ def merge_facts(run: RunFolder) -> dict[str, Any] | None:
         "cast_share": stats["cast_loss"] / stats["displacement"] if stats["displacement"] else 0.0,
         "mean_distance": float(np.dot(weights, moved)) if weighted else float(np.mean(moved)),
         "method": manifest.get("method", "linear"),
-        "agreement": step_agreement(weights, moved, stats["displacement"]) if weighted else None,
+        # What the mean moved, before it was drawn to the base.
+        "agreement": step_agreement(weights, moved, stats["displacement"] / alpha) if weighted else None,
+        "alpha": alpha,
+        "origin": f"what round {place['number'] - 1} has merged" if place and place["number"] > 1 else "the base",
         "missing": [group.group for group in run.plan.groups if group.group not in merged],
     }  # fmt: skip
 
@@ -272,6 +298,14 @@ def _commands(run: RunFolder) -> list[tuple[str, str]]:
     merge = shown.replace(f"merit merge {plan.repo_id or 'PLAN'} ", f"merit merge {name} ", 1)
     joint = " --joint joint/groups/0" if run.joint else ""
     models = f"{'joint=joint/groups/0 ' if run.joint else ''}{groups} merged"
+    if run.rounds:
+        last = f"rounds/{len(run.rounds)}"
+        checked = " ".join(f"{last}/groups/{group.group}" for group in plan.groups)
+        return [
+            ("all rounds", f"merit run CONFIG.yaml{' --joint' if run.joint else ''} --output ."),
+            ("checks of the last round", f"merit verify {last}/plan {checked}"),
+            ("this page", "merit report ."),
+        ]
     return [
         ("the plan", f"merit plan CONFIG.yaml --output {name}"),
         ("the groups", f"merit train {name} --group all --output groups"),
@@ -303,10 +337,11 @@ def in_short(run: RunFolder, training: Mapping[str, Any], merge: Mapping[str, An
             if training["mismatched"]
             else "and every one counted exactly the tokens that were planned"
         )
-        lines.append(f"{done} of {plural(plan.num_groups, 'group')} are trained, {counted}.")
+        where = f"In the last of {plural(len(run.rounds), 'round')}, " if run.rounds else ""
+        lines.append(f"{where}{done} of {plural(plan.num_groups, 'group')} are trained, {counted}.")
     if merge is not None:
         lines.append(
-            f"The merged model lies {decimals(merge['stats']['displacement'], 2)} from the base; the groups lie "
-            f"{decimals(merge['mean_distance'], 2)} away on average."
+            f"The merged model lies {decimals(merge['stats']['displacement'], 2)} from {merge['origin']}; the groups "
+            f"lie {decimals(merge['mean_distance'], 2)} away on average."
         )
     return lines

@@ -31,6 +31,7 @@ from merit_hf.hub_write import (
     validate_model_card,
 )
 from merit_hf.manifest import MANIFEST_NAME, MAX_BYTES, hash_files, parse_manifest, read_manifest
+from merit_hf.parents import parents
 from merit_hf.plan import LOCAL_NAME, PLAN_NAME, PartitionPlan, canonical_sha256
 from merit_hf.sharing.licences import merged_licence
 from merit_hf.sharing.registry import MERGED_NAME, entry_of, is_repo_id
@@ -256,6 +257,12 @@ def _with_repos(manifest: dict[str, Any], plan: PartitionPlan, given: Mapping[in
     unknown = sorted(set(given) - {group["group"] for group in manifest["groups"]})
     if unknown:
         raise ConfigError(f"--group-repo {unknown[0]}={given[unknown[0]]}: group {unknown[0]} is not in this merge.")
+    before = manifest.get("with_merged")
+    if before is not None and before["repo_id"] is None:
+        raise ConfigError(
+            "a merged model went into this one from a folder, so nobody could make this one again. Push it (merit "
+            "push FOLDER OWNER/NAME), and merge with --with-merged OWNER/NAME."
+        )
     groups = []
     for group in manifest["groups"]:
         number, known = group["group"], accepted.get(group["group"])
@@ -309,15 +316,21 @@ def _check_same(repo_id: str, revision: str, number: int, files_sha256: str) -> 
 def _public_recipe(folder: Path, manifest: Mapping[str, Any]) -> str:
     """mergekit_config.yml with every path of this machine replaced by the repo that holds the same checkpoint."""
     recipe = yaml.safe_load((folder / MERGEKIT_CONFIG_NAME).read_text(encoding="utf-8"))
-    repos = [f"{group['repo_id']}@{group['revision']}" for group in manifest["groups"]]
-    if len(recipe["models"]) != len(repos):
-        raise MeritError(f"{folder / MERGEKIT_CONFIG_NAME}: {len(recipe['models'])} models, merged were {len(repos)}.")
+    made_of = parents(manifest)
+    if len(recipe["models"]) != len(made_of):
+        raise MeritError(
+            f"{folder / MERGEKIT_CONFIG_NAME}: {len(recipe['models'])} models, merged were {len(made_of)}."
+        )
     base = manifest["base"]
     # Methods that start from θ0 name it, the others one of their models.
     origin, start = recipe["base_model"], None
-    for model, repo in zip(recipe["models"], repos, strict=True):
+    for model, parent in zip(recipe["models"], made_of, strict=True):
         old = model["model"]
+        if parent.kind == "base":
+            model["model"] = {"model": _base_reference(base)}
+            continue
         lora = isinstance(old, dict) and "lora" in old
+        repo = str(parent.repo)
         model["model"] = {"model": _base_reference(base), "lora": _long_form(repo)} if lora else repo
         if old == origin:
             start = json.loads(json.dumps(model["model"]))
@@ -361,6 +374,8 @@ def _announce(
     from merit_hf.sharing.community import may_write
 
     items: list[tuple[str, Literal["model", "dataset"], str]] = [(repo_id, "model", "merged model")]
+    if before := manifest.get("with_merged"):
+        items.append((before["repo_id"], "model", "merged before"))
     items += [(group["repo_id"], "model", f"group {group['group']}") for group in manifest["groups"]]
     registered = None
     if plan.repo_id is not None:

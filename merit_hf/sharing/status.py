@@ -15,7 +15,7 @@ from rich.text import Text
 from merit_hf.config import MeritError
 from merit_hf.hub_write import PullRequest, open_pull_requests
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
-from merit_hf.plan import PartitionPlan
+from merit_hf.plan import PLAN_NAME, PartitionPlan
 from merit_hf.sharing.community import load_registry
 from merit_hf.sharing.registry import Registry
 from merit_hf.text import one_line
@@ -87,10 +87,17 @@ def status_table(plan: PartitionPlan, states: Sequence[GroupStatus]) -> Table:
 def next_step(plan: PartitionPlan, states: Sequence[GroupStatus]) -> str:
     """What to do now."""
     where = plan.repo_id or str(plan.folder)
+    rounds = _rounds(plan)
+    if rounds:
+        return f"This plan is trained in {len(rounds)} rounds: merit status {rounds[-1]}"
     if all(state.merged for state in states):
         return f"All groups are merged: {states[0].merged}."
     if all(state.verified for state in states):
         return f"Next: merit merge {where}{'' if plan.repo_id else ' CHECKPOINT…'} --output merged"
+    if plan.repo_id is None and all(state.verified or state.merged for state in states):
+        before = next(state.merged for state in states if state.merged)
+        new = " ".join(str(state.checkpoint) for state in states if not state.merged)
+        return f"Next: merit merge {where} {new} --with-merged {before} --output {before}-extended"
     pending = [state for state in states if state.claim == "pending" or (state.checkpoint and not state.verified)]
     if plan.repo_id and pending:
         return f"{len(pending)} pull requests wait for a maintainer: merit accept {where}"
@@ -100,7 +107,12 @@ def next_step(plan: PartitionPlan, states: Sequence[GroupStatus]) -> str:
     if plan.repo_id:
         held = [f"{state.group} ({state.claimed_by})" for state in states if not state.verified]
         return f"Still to come: group {', '.join(held)}."
-    return f"Next: merit train {where} --group all --output {plan.folder and plan.folder.resolve().parent / 'groups'}"
+    groups = plan.folder and plan.folder.resolve().parent / "groups"
+    if any(state.merged for state in states):
+        # Groups in a merged model need no training here.
+        first = next(state.group for state in states if not state.merged and not state.verified)
+        return f"Next: merit train {where} --group {first} --output {groups}/{first}"
+    return f"Next: merit train {where} --group all --output {groups}"
 
 
 def _hub_status(
@@ -147,13 +159,32 @@ def _local_status(plan: PartitionPlan, number: int) -> GroupStatus:
         checkpoint = (
             f"in training, {_steps_done(folder.with_name(f'{number}.part'))} of {planned.num_steps} steps saved"
         )
-    if (run / "merged" / MANIFEST_NAME).is_file():
-        manifest = read_manifest(run / "merged")
-        if any(group["group"] == number for group in manifest.get("groups", [])):
-            merged = str(run / "merged")
+    merged = next((str(place) for place, groups in _merged_here(plan) if number in groups), None)
     return GroupStatus(
         number, planned.datasets, planned.train_input_tokens, "local", None, None, checkpoint, verified, merged
     )
+
+
+def _merged_here(plan: PartitionPlan) -> list[tuple[Path, list[int]]]:
+    """Merged models beside the plan with the groups in them: its own first, then those of a plan that it extends."""
+    assert plan.folder is not None
+    found = []
+    for path in sorted(plan.folder.resolve().parent.glob(f"*/{MANIFEST_NAME}")):
+        manifest = read_manifest(path.parent)
+        extended = plan.extends(manifest["plan"]["sha256"]) if manifest.get("kind") == "merged" else None
+        if extended is not None:
+            place = (extended < plan.num_groups, path.parent.name != "merged", path)
+            found.append((place, path.parent, [group["group"] for group in manifest["groups"]]))
+    return [(folder, groups) for _, folder, groups in sorted(found)]
+
+
+def _rounds(plan: PartitionPlan) -> list[Path]:
+    """The plans of the rounds that `merit run` made of this one, in order."""
+    if plan.repo_id is not None or plan.folder is None:
+        return []
+    rounds = plan.folder.resolve().parent / "rounds"
+    found = [path.parent for path in rounds.glob(f"*/plan/{PLAN_NAME}") if path.parent.parent.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.parent.name))
 
 
 def _steps_done(part: Path) -> int:

@@ -29,7 +29,7 @@ from merit_hf.text import one_line
 from merit_hf.verification.sources import FolderSource, Source
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
+WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
 # What transformers, PEFT and merit write beside weights; further names are known where the base has them.
 _SIDE_FILES = {
     "README.md", "merit.json", "config.json", "generation_config.json", "model.safetensors.index.json",
@@ -117,7 +117,7 @@ def base_tensors(plan: PartitionPlan) -> dict[str, TensorInfo]:
         # Says that the base is missing, and what to do.
         return read_tensor_index(plan.base_folder())
     repo_id, revision = plan.base["repo_id"], plan.base["revision"]
-    names = [path for path in list_files(repo_id, revision, "model") if _WEIGHTS.fullmatch(path)]
+    names = [path for path in list_files(repo_id, revision, "model") if WEIGHTS.fullmatch(path)]
     return read_tensor_headers(repo_id, revision, names)
 
 
@@ -159,7 +159,7 @@ def _is_known(path: str) -> bool:
     folder, _, name = path.rpartition("/")
     if folder:
         return folder in SIDE_FOLDERS and name.endswith(".jinja")
-    return name in _SIDE_FILES or _WEIGHTS.fullmatch(name) is not None
+    return name in _SIDE_FILES or WEIGHTS.fullmatch(name) is not None
 
 
 def _manifest(source: Source, checks: list[Check]) -> dict[str, Any] | None:
