@@ -379,6 +379,13 @@ def test_tables_say_the_excess_that_was_put_in_and_which_arm_is_missing(tmp_path
     assert contrast.estimate is not None
     assert contrast.estimate.value == pytest.approx(0.15, abs=2e-3)
     assert "better" in contrast.sentence
+    # Gates were not measured, so that no advice follows; with gates that pass, splitting paid here.
+    assert "failed split_half, plan_agreement" in summary.advice[0]
+    (passed,), (null,) = summaries(rows), summaries(rows_of(experiment, {}))
+    passed.gates = null.gates = []
+    assert passed.advice == ["`merit-2` beat every line: on mixtures like this one splitting pays by itself."]
+    assert "did not beat every line" in null.advice[0]
+    assert "did not surely beat `random-2`" in null.advice[0]
     # λ of the joint line with the lowest loss on validation rows is its last.
     assert by_name["joint·λ"].displacement == pytest.approx(15.0)
     path = tmp_path / "trial.jsonl"
@@ -393,6 +400,37 @@ def test_tables_say_the_excess_that_was_put_in_and_which_arm_is_missing(tmp_path
         assert "+0.200 [+0.200, +0.200]" in text
         assert ("What held, and what did not" in text) == claims
         assert (tmp_path / "figures" / "smoke.png").stat().st_size > 5000
+
+
+def test_what_is_known_of_random_splits_is_held_against_what_came_of_them(tmp_path: Path) -> None:
+    experiment = smoke()
+    experiment.arms = [arm.model_copy(update={"plan_seeds": list(range(8))}) if arm.name == "random-2" else arm
+                       for arm in experiment.arms]  # fmt: skip
+    rows = rows_of(experiment, {})
+    for row in rows:
+        if row.get("arm") == "random-2" and row.get("dataset") in experiment.data.datasets:
+            row["value"] -= 0.01 * row["plan_seed"]
+    for seed in range(8):
+        mark = next(row for row in rows if row.get("arm") == "random-2" and row["plan_seed"] == seed)
+        fact = {"dataset": None, "split": None, "metric": "within_group_cosine", "value": seed**2}
+        rows.append({**mark, **fact})
+    found = {row["metric"]: row["estimate"] for row in summaries(rows)[0].predictors}
+    assert found["within_group_cosine"].value == pytest.approx(1.0)
+    assert found["within_group_cosine"].sure == 1
+    assert found["predicted_gain@1"] is None
+    # Two mixtures that are told from each other side by side.
+    rows[0]["experiment"]["claims"] = True
+    other = [{**copy.deepcopy(row), "condition": "second"} for row in rows]
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *other)))
+    text = write_results([path], tmp_path).read_text()
+    assert "## Conditions side by side" in text
+    assert text.count("| smoke, second | 0.0 | – | `merit-2` − `random-2`") == 4
+
+
+def test_the_shipped_results_are_made_of_the_shipped_raw_files(tmp_path: Path) -> None:
+    text = write_results(sorted((HERE / "raw").glob("*.jsonl.gz")), tmp_path).read_text(encoding="utf-8")
+    assert text == (HERE / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def test_tokens_that_differ_between_arms_are_told() -> None:

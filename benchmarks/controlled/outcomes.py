@@ -100,6 +100,11 @@ class Estimate:
             return 0
         return int(self.low > 0) - int(self.high < 0)
 
+    @property
+    def caution(self) -> str:
+        """A sentence where the interval knows nothing of other seeds; else nothing."""
+        return " One pair of seeds: the interval knows the spread over datasets alone." if self.seeds == 1 else ""
+
 
 # (plan seed or None, order seed).
 Seeds = tuple[int | None, int]

@@ -17,9 +17,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from entries import shown
 from experiment import BASE
 from record import read_rows
-from summaries import Summary, shown, summaries
+from summaries import Summary, across_conditions, summaries
 
 from merit_hf.entry import exit_on_error
 
@@ -44,13 +45,20 @@ def write_results(files: Sequence[Path], output: Path) -> Path:
         results=[summary for summary in found if summary.experiment.claims],
         trials=[summary for summary in found if not summary.experiment.claims],
         pictures=pictures,
-        sources=[file.name for file in files],
+        across=across_conditions([summary for summary in found if summary.experiment.claims]),
+        sources=[_named(file) for file in files],
     )
     path = output / "RESULTS.md"
     part = path.with_name(path.name + ".part")
     part.write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
     os.replace(part, path)
     return path
+
+
+def _named(file: Path) -> str:
+    """As one who stands in the repository would call it; of a file elsewhere, its name."""
+    root = HERE.parents[1]
+    return file.resolve().relative_to(root).as_posix() if file.resolve().is_relative_to(root) else file.name
 
 
 def number(value: float | None, digits: int = 3) -> str:

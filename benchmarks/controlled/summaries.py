@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from entries import ArmSummary, CellRows, Contrast, Outcome, shown
 from experiment import BASE, Arm, Experiment, seed_pairs
 from gates import AFTER_TRAINING, BEFORE_TRAINING, Gate, gate_facts, judge
 from material import TEST, VAL
@@ -29,84 +29,6 @@ from tasks import TASKS
 
 MATCHES = ("displacement", "forgetting")
 PREDICTORS = ("within_group_cosine", "predicted_gain@1", "measured_gain", "displacement", "largest_share")
-
-
-@dataclass
-class CellRows:
-    """What was measured of a cell: {(split, metric): {dataset: value}}, {(split, λ, metric): {dataset: value}}, facts
-    of the whole cell, and the groups' own losses on test rows.
-    """
-
-    arm: str
-    seeds: Seeds
-    displacement: float
-    tokens: Mapping[str, int]
-    steps: int
-    longest: int
-    seconds: float
-    values: dict[tuple[str, str], dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
-    points: dict[tuple[str, float, str], dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
-    facts: dict[str, float] = field(default_factory=dict)
-    groups: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
-
-    def loss(self, names: Sequence[str], split: str = TEST) -> float:
-        return float(np.mean([self.values[split, "loss"][name] for name in names]))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """An arm's excess over one line, and how many of its cells lie beyond what the line reaches."""
-
-    line: str
-    match: str
-    estimate: Estimate
-    won: int
-    lost: int
-    clipped: int
-
-
-@dataclass(frozen=True)
-class ArmSummary:
-    """A row of the tables; without cells everything is None, and the tables say `not run`."""
-
-    name: str
-    wanted: int
-    done: int
-    failed: int
-    mixture: Estimate | None = None
-    forgotten: Estimate | None = None
-    exact_match: float | None = None
-    length: float | None = None
-    groups_alone: float | None = None
-    displacement: float | None = None
-    tokens: Mapping[str, float] | None = None
-    steps: float | None = None
-    longest: float | None = None
-    seconds: float | None = None
-    families: Mapping[str, float] = field(default_factory=dict)
-    outcomes: Sequence[Outcome] = ()
-
-
-@dataclass(frozen=True)
-class Contrast:
-    ours: str
-    theirs: str
-    line: str
-    match: str
-    estimate: Estimate | None
-    won: int = 0
-    lost: int = 0
-
-    @property
-    def sentence(self) -> str:
-        what = f"`{self.ours}` − `{self.theirs}`, excess over the line to `{self.line}` at equal {self.match}"
-        if self.estimate is None:
-            return f"{what}: not run at common order seeds."
-        verdict = {1: "better", -1: "worse", 0: "cannot be told from 0"}[self.estimate.sure]
-        return (
-            f"{what}: {shown(self.estimate)} nats ({self.estimate.seeds} cells; {self.won} datasets won, {self.lost} "
-            f"lost): {verdict}."
-        )
 
 
 class Summary:
@@ -356,26 +278,29 @@ class Summary:
 
     @cached_property
     def predictors(self) -> list[dict[str, Any]]:
-        """Rank correlation, over all splits into groups, of what is known of a split with its excess."""
-        splits = [arm.name for arm in self.experiment.arms if arm.kind == "split"]
-        line = self.experiment.outcome.lines[0]
-        outcome = {
-            (name, seeds): float(np.mean(list(values.values())))
-            for name in splits
-            for seeds, values in self.excesses(name, line, "displacement")[0].items()
-        }
-        found = []
-        for metric in PREDICTORS:
-            x, y = [], []
-            for (name, seeds), value in outcome.items():
-                cell = self.cells[name][seeds]
-                known = cell.displacement if metric == "displacement" else cell.facts.get(metric)
-                if known is not None:
-                    x.append(known)
-                    y.append(value)
-            estimate = rank_correlation(x, y)
-            found.append({"metric": metric, "splits": len(x), "estimate": estimate})
+        """Rank correlation of what is known of a split with its excess, over the random splits of one arm."""
+        line, found = self.experiment.outcome.lines[0], []
+        for arm in self.experiment.arms:
+            cells = self.cells.get(arm.name, {})
+            if arm.split != "random" or not cells:
+                continue
+            outcome = {
+                s: float(np.mean(list(v.values()))) for s, v in self.excesses(arm.name, line, MATCHES[0])[0].items()
+            }
+            for metric in PREDICTORS:
+                known = {
+                    s: cells[s].displacement if metric == "displacement" else cells[s].facts.get(metric)
+                    for s in outcome
+                }
+                pairs = [(x, outcome[s]) for s, x in known.items() if x is not None]
+                estimate = rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
+                found.append({"arm": arm.name, "metric": metric, "splits": len(pairs), "estimate": estimate})
         return found
+
+    @cached_property
+    def eigengap(self) -> float | None:
+        """Of the mixture's conflict matrix, mean over plan seeds."""
+        return _mean_of(cell.facts.get("eigengap") for cells in self.cells.values() for cell in cells.values())
 
     @cached_property
     def diagnoses(self) -> list[dict[str, Any]]:
@@ -395,7 +320,7 @@ class Summary:
         """What the primary outcome says of each arm, in words."""
         found = []
         for row in self.arms:
-            if row.name in (BASE, *self.experiment.outcome.lines) or not row.outcomes:
+            if row.name.removesuffix("·λ") in (BASE, *self.experiment.outcome.lines) or not row.outcomes:
                 continue
             for outcome in row.outcomes:
                 verdict = {1: "above", -1: "below", 0: "not told apart from"}[outcome.estimate.sure]
@@ -403,7 +328,33 @@ class Summary:
                 found.append(
                     f"`{row.name}` is {verdict} the line to `{outcome.line}` at equal {outcome.match}: "
                     f"{shown(outcome.estimate)} nats, {outcome.won} datasets won, {outcome.lost} lost.{beyond}"
+                    f"{outcome.estimate.caution}"
                 )
+        return found
+
+    @cached_property
+    def advice(self) -> list[str]:
+        """What follows for a user, by rule: from gates, from the lines, and from the random splits."""
+        failed = [gate.name for gate in self.gates if not gate.passed]
+        if failed:
+            return [f"The mixture failed {', '.join(failed)}: what this run shows is no ground for a decision."]
+        found, split_of = [], {arm.name: arm.split for arm in self.experiment.arms}
+        for row in self.arms:
+            if split_of.get(row.name) != "merit" or not row.outcomes:
+                continue
+            if all(outcome.estimate.sure > 0 for outcome in row.outcomes):
+                text = f"`{row.name}` beat every line: on mixtures like this one splitting pays by itself."
+            else:
+                text = (
+                    f"`{row.name}` did not beat every line: a shorter step towards joint training does as well. Split "
+                    "where GPUs are scattered, not for the loss."
+                )
+            rivals = [
+                c for c in self.contrasts if c.ours == row.name and split_of[c.theirs] == "random" and c.estimate
+            ]
+            if any(contrast.estimate and contrast.estimate.sure <= 0 for contrast in rivals):
+                text += f" It did not surely beat `{rivals[0].theirs}`: which groups one makes did not matter here."
+            found.append(text)
         return found
 
 
@@ -412,19 +363,19 @@ def _mean_of(values: Iterable[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
+def across_conditions(found: Sequence[Summary]) -> Estimate | None:
+    """Rank correlation over conditions of the eigengap with the first pair's difference of the primary outcome."""
+    pairs = [
+        (summary.eigengap, summary.contrasts[0].estimate.value)
+        for summary in found
+        if summary.eigengap is not None and summary.contrasts and summary.contrasts[0].estimate is not None
+    ]
+    return rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
+
+
 def summaries(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
     """A summary of each condition, in the order in which they were run."""
     by_condition: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         by_condition[row["condition"]].append(row)
     return [Summary(found) for found in by_condition.values()]
-
-
-def shown(estimate: Estimate | None, digits: int = 3, sign: str = "+") -> str:
-    """`+0.123 [+0.045, +0.201]`; with another `sign`, plus signs are left out."""
-    if estimate is None:
-        return "–"
-    form = f"{sign}.{digits}f"
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:{form}}"
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
