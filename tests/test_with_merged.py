@@ -227,7 +227,7 @@ def test_the_road_of_a_branch_by_the_commands(tmp_path: Path) -> None:
     succeed("evaluate", added / "merged", "--plan", added / "plan", "--output", added, "--no-generate", "--card")
     succeed("report", added)
     page = (added / "report.html").read_text(encoding="utf-8")
-    assert "merged, its checkpoint is not here" in page
+    assert "in the merged model that came in" in page
     assert "Group 0, 1 came in as one merged model" in page
     assert "left out" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
 

@@ -63,10 +63,11 @@ def training_facts(run: RunFolder) -> dict[str, Any]:
     """What every group took and counted, and the losses that were logged."""
     rows = []
     mismatched = []
-    merged = {entry["group"] for entry in run.merged["groups"]} if run.merged else set()
+    # Groups that came in as a merged model: nobody here has to train them.
+    merged = set(((run.merged or {}).get("with_merged") or {}).get("groups", []))
     for label, planned, trained in _trainings(run):
         if trained is None:
-            state = "merged, its checkpoint is not here" if planned.group in merged else "not trained yet"
+            state = "in the merged model that came in" if planned.group in merged else "not trained yet"
             rows.append([label, Cell(state, tone="note"), count(planned.num_steps),
                          count(planned.train_input_tokens), *[text(None)] * 5])  # fmt: skip
             continue
