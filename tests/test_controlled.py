@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import outcomes
 import pytest
+import results
+import run
 import yaml
 from experiment import Cell, Experiment, cells, read_experiment, seed_pairs, tuning_cells
 from gates import AFTER_TRAINING, BEFORE_TRAINING, gate_facts, judge
@@ -243,6 +245,28 @@ def test_conditions_go_over_the_experiment_and_eight_groups_need_many_datasets(t
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError, match="48 datasets"):
         read_experiment(path)
+
+
+def test_calls_that_cannot_work_are_told_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for script, arguments, said in (
+        (
+            run.main,
+            [str(HERE / "cause.yaml"), "--output", str(tmp_path / "out"), "--only", "nothing"],
+            "no such condition",
+        ),
+        (run.main, [str(tmp_path / "nothing.yaml"), "--output", str(tmp_path / "out")], "nothing.yaml"),
+        (results.main, [str(tmp_path / "nothing.jsonl"), "--output", str(tmp_path / "out")], "no results there"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            script(arguments)
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ConfigError, match="no finished cell"):
+        write_results([tmp_path / "empty.jsonl"], tmp_path / "out")
 
 
 def test_every_example_is_in_one_random_part_and_test_rows_are_written_last(tmp_path: Path) -> None:

@@ -222,14 +222,18 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Names the cell in results and on the disk."""
-        plan = "" if self.plan_seed is None else f"-p{self.plan_seed}"
-        return f"{self.phase}/{self.work}" if self.phase != "run" else f"{self.arm}{plan}-o{self.order_seed}"
+        """Names the cell in results: a run's by arm and seeds, another phase's by what it trains."""
+        return self._place if self.phase == "run" else f"{self.phase}/{self.work}"
 
     @property
     def work(self) -> str:
+        """Names what the cell trains: what one phase has trained is there for the next."""
+        return f"{self._place}-lr{self.learning_rate:g}"
+
+    @property
+    def _place(self) -> str:
         plan = "" if self.plan_seed is None else f"-p{self.plan_seed}"
-        return f"{self.arm}{plan}-o{self.order_seed}-lr{self.learning_rate:g}"
+        return f"{self.arm}{plan}-o{self.order_seed}"
 
 
 def seed_pairs(experiment: Experiment, arm: Arm) -> list[tuple[int | None, int]]:
@@ -248,14 +252,10 @@ def cells(experiment: Experiment, rates: Mapping[str, float]) -> Iterator[Cell]:
         rates: {arm: learning rate}.
     """
     pairs = {arm.name: seed_pairs(experiment, arm) for arm in experiment.arms}
-    seen: set[Cell] = set()
     for turn in range(max(len(found) for found in pairs.values())):
         for arm in experiment.arms:
             for plan_seed, order_seed in pairs[arm.name][turn : turn + 1]:
-                cell = Cell(arm.name, plan_seed, order_seed, rates[arm.name])
-                if cell not in seen:
-                    seen.add(cell)
-                    yield cell
+                yield Cell(arm.name, plan_seed, order_seed, rates[arm.name])
 
 
 def tuning_cells(experiment: Experiment) -> list[Cell]:

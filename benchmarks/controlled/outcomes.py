@@ -106,8 +106,8 @@ class Estimate:
         return " One pair of seeds: the interval knows the spread over datasets alone." if self.seeds == 1 else ""
 
 
-# (plan seed or None, order seed).
-Seeds = tuple[int | None, int]
+# (plan seed, order seed); None where there is none.
+Seeds = tuple[int | None, int | None]
 
 
 def crossed_mean(table: Mapping[Seeds, Mapping[str, float]], seed: int = 0) -> Estimate:
@@ -147,7 +147,7 @@ def common_orders(
 def _estimate(tables: Sequence[Mapping[Seeds, Mapping[str, float]]], seed: int) -> Estimate:
     """Mean of the first table, less that of the second where there is one."""
     names = sorted(next(iter(tables[0].values())))
-    orders = sorted({cell[1] for table in tables for cell in table})
+    orders = sorted({cell[1] for table in tables for cell in table}, key=str)
     rng = np.random.default_rng(seed)
     by_name, by_order = _counts(rng, len(names)), _counts(rng, len(orders))
     levels = {"order seeds": len(orders), "datasets": len(names), "plan seeds": 1}

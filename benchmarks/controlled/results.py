@@ -22,6 +22,7 @@ from experiment import BASE
 from record import read_rows
 from summaries import Summary, across_conditions, summaries
 
+from merit_hf.config import ConfigError
 from merit_hf.entry import exit_on_error
 
 HERE = Path(__file__).resolve().parent
@@ -32,9 +33,11 @@ def write_results(files: Sequence[Path], output: Path) -> Path:
     """RESULTS.md and its figures.
 
     Raises:
-        ConfigError: a file that is not there.
+        ConfigError: a file that is not there, or nothing in any of them.
     """
     found = [summary for file in files for summary in summaries(read_rows(file))]
+    if not found:
+        raise ConfigError(f"{', '.join(map(str, files))}: no finished cell yet. Run the experiment first.")
     (output / "figures").mkdir(parents=True, exist_ok=True)
     pictures = {summary.title: save_trade_off(summary, output / "figures") for summary in found}
     environment = jinja2.Environment(
@@ -75,7 +78,7 @@ def save_trade_off(summary: Summary, folder: Path) -> str | None:
     import matplotlib.pyplot as plt
 
     mixture, held_out = summary.mixture, summary.held_out
-    base = summary.cells[BASE][None, None]  # type: ignore[index]
+    base = summary.cells[BASE][None, None]
     figure, axes = plt.subplots(figsize=(7.5, 5), constrained_layout=True)
     colours = {arm.name: f"C{i % 10}" for i, arm in enumerate(summary.experiment.arms)}
     markers = {arm.name: "osD^vP*X"[i % 8] for i, arm in enumerate(summary.experiment.arms)}

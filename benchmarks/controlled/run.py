@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,24 +246,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     quiet_libraries()
-    with exit_on_error(options.debug), Record(options.output) as record:
-        refused = []
-        for condition, experiment in read_experiment(options.experiment).items():
-            if options.only not in (None, condition):
-                continue
-            folder = options.output / condition if condition else options.output
-            try:
-                Run(experiment, condition, folder, options.output / "base", record).measure(
-                    options.until, options.force
-                )
-            except MeritError as error:
-                if not condition or options.only:
-                    raise
-                # One condition's mixture may fail a gate where another's does not.
-                refused.append(str(error))
-        if refused:
-            raise MeritError(" ".join(refused))
-        sys.stderr.write(f"{record.path}: {len(record.rows):,} rows of {len(record.cells):,} cells.\n")
+    with exit_on_error(options.debug):
+        experiments = read_experiment(options.experiment)
+        if options.only not in (None, *experiments):
+            raise ConfigError(f"--only {options.only}: no such condition. There are: {', '.join(experiments)}.")
+        with Record(options.output) as record:
+            run_all(experiments, record, options.output, options.only, options.until, options.force)
+            sys.stderr.write(f"{record.path}: {len(record.rows):,} rows of {len(record.cells):,} cells.\n")
+
+
+def run_all(
+    experiments: Mapping[str, Experiment], record: Record, output: Path, only: str | None, until: str, force: bool
+) -> None:
+    """Every condition, or the one that is asked for.
+
+    Raises:
+        MeritError: mixtures that fail a gate, when all others are done.
+    """
+    base, refused = output / "base", []
+    folders = {name: output / name if name else output for name in experiments}
+    # Conditions share their base, so it must have seen nothing that any of them holds out.
+    excluded: set[str] = set()
+    if not base.exists():
+        excluded = set().union(*(Material(e, folders[name], base).excluded() for name, e in experiments.items()))
+    for condition in experiments if only is None else [only]:
+        run = Run(experiments[condition], condition, folders[condition], base, record)
+        try:
+            run.measure(until, force, excluded)
+        except MeritError as error:
+            if len(experiments) == 1:
+                raise
+            # One condition's mixture may fail a gate where another's does not.
+            refused.append(str(error))
+    if refused:
+        raise MeritError(" ".join(refused))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class Stages:
         if arm.rounds > 1:
             groups, model = self._train_rounds(cell, *configs[0])
         else:
-            groups, model = [], place / "merged"
+            groups, model = list[Path](), place / "merged"
             for plan in plans:
                 groups += self._train_groups(cell, plan, place / "groups", len(groups))
             if len(groups) == 1:

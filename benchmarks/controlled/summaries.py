@@ -120,7 +120,7 @@ class Summary:
         """The line θ0 ↔ an arm's model of the same order seed; None where it was not measured."""
         at = self.cells.get(arm, {})
         cell = at.get(seeds) or at.get((None, seeds[1]))
-        base = self.cells.get(BASE, {}).get((None, None))  # type: ignore[call-overload]
+        base = self.cells.get(BASE, {}).get((None, None))
         if cell is None or base is None:
             return None
         lambdas = sorted(key[1] for key in cell.points if key[0] == split and key[2] == "loss")
@@ -137,7 +137,7 @@ class Summary:
     def excesses(self, arm: str, line: str, match: str) -> tuple[dict[Seeds, dict[str, float]], int]:
         """{seeds: {dataset: excess}} on test rows of the mixture, and how many cells were beyond the line."""
         found, clipped = {}, 0
-        base = self.cells[BASE][None, None]  # type: ignore[index]
+        base = self.cells[BASE][None, None]
         for seeds, cell in self.cells.get(arm, {}).items():
             curve = self.curve(line, seeds)
             if curve is None:
@@ -167,7 +167,7 @@ class Summary:
                       and row["phase"] == RUN})  # fmt: skip
         if not cells or BASE not in self.cells:
             return ArmSummary(name, wanted, len(cells), failed)
-        base = self.cells[BASE][None, None]  # type: ignore[index]
+        base = self.cells[BASE][None, None]
         exact = [task for task in self.mixture if not TASKS[task].free_form]
         return ArmSummary(
             name, wanted, len(cells), failed,
