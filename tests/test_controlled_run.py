@@ -24,7 +24,7 @@ from merit_hf.progress import Progress
 from merit_hf.training import last_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "controlled"
-KINDS = ("joint", "soup-2", "examples-2", "merit-2", "negative-2")
+KINDS = ("joint", "soup-2", "examples-2", "merit-2", "negative-2", "rounds-2")
 
 
 def small_experiment(folder: Path) -> Path:
@@ -136,7 +136,7 @@ def check_rows(rows: list[dict[str, Any]], experiment: Any) -> None:
         by_cell.setdefault(row["arm"], []).append(row)
     joint = by_cell["joint"][0]["tokens"]
     assert joint["input"] > 1000
-    for arm in ("examples-2", "merit-2", "negative-2"):
+    for arm in ("examples-2", "merit-2", "negative-2", "rounds-2"):
         assert by_cell[arm][0]["tokens"] == joint, "packed rows: the same tokens, and no padding"
     assert by_cell["soup-2"][0]["tokens"]["input"] == pytest.approx(joint["input"], rel=0.15)
     names = {*experiment.data.datasets, *experiment.data.held_out}

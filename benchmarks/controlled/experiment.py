@@ -94,6 +94,7 @@ class Arm(_Section):
         groups: K. batch: times the effective batch of `sft`. sft, plan, merge: over those of the experiment.
         affinity: `negative` splits by the debiased cosines below 0 alone.
         learning_rate: fixed; else the best of `tune` on validation data. tuned_as: takes that of another arm.
+        rounds: of merging and going on from there, as `run.rounds`; replan: with gradients anew, as `run.replan`.
         diagnose: measure gains, ρ and barriers of the first so many cells.
         plan_seeds, order_seeds: in place of the experiment's.
     """
@@ -104,6 +105,8 @@ class Arm(_Section):
     groups: int = Field(default=1, ge=1)
     batch: float = Field(default=1.0, gt=0)
     affinity: Literal["negative"] | None = None
+    rounds: int = Field(default=1, ge=1)
+    replan: bool = False
     sft: dict[str, Any] = {}
     plan: dict[str, Any] = {}
     merge: dict[str, Any] = {}
@@ -330,6 +333,8 @@ def _check_arms(experiment: Experiment, where: str) -> None:
             raise ConfigError(f"{where}: arm `{arm.name}`: `split` belongs to kind split, and kind split needs one.")
         if (arm.split == "affinity") != (arm.affinity is not None):
             raise ConfigError(f"{where}: arm `{arm.name}`: `affinity` belongs to split affinity, which needs it.")
+        if arm.rounds > 1 and (arm.kind != "split" or arm.diagnose):
+            raise ConfigError(f"{where}: arm `{arm.name}`: rounds are of kind split, and are not diagnosed.")
         if arm.kind == "joint" and arm.groups != 1:
             raise ConfigError(f"{where}: arm `{arm.name}`: a joint run has one group, not {arm.groups}.")
         if arm.kind != "joint" and arm.groups < 2:

@@ -133,7 +133,11 @@ class Material:
         return self.config({"split": "joint"}, sft, self.mixture(held_out=True, split=split))
 
     def config(
-        self, plan: Mapping[str, Any], sft: Mapping[str, Any], datasets: list[dict[str, Any]] | None = None
+        self,
+        plan: Mapping[str, Any],
+        sft: Mapping[str, Any],
+        datasets: list[dict[str, Any]] | None = None,
+        rounds: Mapping[str, Any] | None = None,
     ) -> MeritConfig:
         content = {
             "base": {"model_name_or_path": self.base},
@@ -141,6 +145,7 @@ class Material:
             "plan": dict(plan),
             "sft": dict(sft),
             "merge": {"out_dtype": "float32"},
+            "run": dict(rounds or {}),
         }
         config = MeritConfig.from_dict(copy.deepcopy(content), source=self.experiment.name, root=self.folder.resolve())
         check_sft(config.sft, self.experiment.name)
@@ -172,7 +177,7 @@ class Material:
         if arm.affinity is not None:
             assert parent is not None
             section["affinity"] = str(self._negative_cosines(parent, cell.plan_seed or 0))
-        return [self.config(section, sft)]
+        return [self.config(section, sft, rounds={"rounds": arm.rounds, "replan": arm.replan})]
 
     def _sft(self, arm: Arm, cell: Cell) -> dict[str, Any]:
         sft = {**self.experiment.sft, **arm.sft, "learning_rate": cell.learning_rate, "seed": cell.order_seed}

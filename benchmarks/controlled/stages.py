@@ -18,7 +18,7 @@ from lines import Line, measure_line
 from material import TEST, VAL, Material
 from outcomes import within_group_cosine
 
-from merit_hf.config import MeritError
+from merit_hf.config import MeritConfig, MeritError
 from merit_hf.diagnosis.diagnose import diagnose
 from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.group_merge import merge_groups
@@ -27,6 +27,7 @@ from merit_hf.merge import merge_checkpoints
 from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
+from merit_hf.rounds import round_config, round_record
 from merit_hf.training import train_group
 
 Row = dict[str, Any]
@@ -96,32 +97,32 @@ class Stages:
         folder = self.folder / "plans" / f"measured-p{plan_seed}"
         return MeritPlanner(self.material.measured(plan_seed), self.progress).plan(folder)
 
-    def plans(self, cell: Cell) -> list[PartitionPlan]:
+    def plans(self, cell: Cell) -> list[tuple[MeritConfig, PartitionPlan]]:
+        """The CONFIGs of a cell and their plans, of all rows at θ0."""
         arm = self.experiment.arm(cell.arm)
         parent = None
         if arm.split in MEASURED_SPLITS and cell.plan_seed is not None:
             parent = self.measured_plan(cell.plan_seed)
-        configs = self.material.of_cell(cell, parent)
-        place = self.place / cell.work
-        return [
-            MeritPlanner(config, self.quiet, parent=parent).plan(place / f"plan-{number}")
-            for number, config in enumerate(configs)
-        ]
+        place, found = self.place / cell.work, []
+        for number, config in enumerate(self.material.of_cell(cell, parent)):
+            plan = MeritPlanner(config, self.quiet, parent=parent).plan(place / f"plan-{number}")
+            found.append((config, plan))
+        return found
 
     def train(self, cell: Cell) -> Trained:
         """Plan, train every group and merge; what is there already is kept."""
         place, arm = self.place / cell.work, self.experiment.arm(cell.arm)
-        plans = self.plans(cell)
-        groups: list[Path] = []
-        for plan in plans:
-            for group in plan.groups:
-                output = place / "groups" / str(len(groups))
-                self.progress.note(f"{cell.name}: group {len(groups)}, {group.num_steps} steps")
-                groups.append(train_group(plan, group.group, output, progress=self.quiet))
-        model = groups[0]
-        if len(groups) > 1:
-            model = place / "merged"
-            if not model.exists() and arm.kind == "soup":
+        configs = self.plans(cell)
+        plans = [plan for _, plan in configs]
+        if arm.rounds > 1:
+            groups, model = self._train_rounds(cell, *configs[0])
+        else:
+            groups, model = list[Path](), place / "merged"
+            for plan in plans:
+                groups += self._train_groups(cell, plan, place / "groups", len(groups))
+            if len(groups) == 1:
+                model = groups[0]
+            elif not model.exists() and arm.kind == "soup":
                 merge_checkpoints(plans[0].base_folder(), groups, [1.0] * len(groups), model, "float32")
             elif not model.exists():
                 merge_groups(plans[0], groups, model, **{"out_dtype": "float32", **arm.merge})
@@ -129,6 +130,33 @@ class Stages:
         tokens = {name: sum(manifest[key] for manifest in manifests) for name, key in LEDGER.items()}
         steps = [manifest["num_steps"] for manifest in manifests]
         return Trained(plans, groups, model, tokens, sum(steps), max(steps), sum(map(_seconds, groups)))
+
+    def _train_groups(self, cell: Cell, plan: PartitionPlan, folder: Path, first: int = 0) -> list[Path]:
+        found = []
+        for number, group in enumerate(plan.groups, first):
+            self.progress.note(f"{cell.name}: group {number}, {group.num_steps} steps")
+            found.append(train_group(plan, group.group, folder / str(number), progress=self.quiet))
+        return found
+
+    def _train_rounds(self, cell: Cell, config: MeritConfig, plan: PartitionPlan) -> tuple[list[Path], Path]:
+        """As `merit run` with `run.rounds`: each round from what the one before has merged, on its share of the rows.
+
+        Returns:
+            The group checkpoints of all rounds, and what the last one has merged.
+        """
+        arm, groups = self.experiment.arm(cell.arm), []
+        model: Path | None = None
+        for number in range(1, arm.rounds + 1):
+            place = self.place / cell.work / "rounds" / str(number)
+            current = MeritPlanner(round_config(config, plan, number, model), self.quiet).plan(place / "plan")
+            trained = self._train_groups(cell, current, place / "groups")
+            model = place / "merged"
+            if not model.exists():
+                record = round_record(config, plan, number)
+                merge_groups(current, trained, model, **{"out_dtype": "float32", **arm.merge}, round_of=record)
+            groups += trained
+        assert model is not None
+        return groups, model
 
     def losses(self, models: Mapping[str, Path], split: str, answers: bool = False) -> dict[str, Any]:
         """`merit evaluate` on one split, without keeping anything."""
@@ -175,7 +203,7 @@ class Stages:
         try:
             trained = self.train(cell)
             models = {cell.arm: trained.model}
-            if section.groups and len(trained.groups) > 1:
+            if section.groups and len(trained.groups) > 1 and arm.rounds == 1:
                 models |= {f"group-{number}": folder for number, folder in enumerate(trained.groups)}
             found = self.evaluated(models, VAL) + self.evaluated(models, TEST, section.answers)
             lines = self.experiment.lines
