@@ -147,6 +147,23 @@ def test_rows_are_those_of_the_whole_file_in_another_order(tmp_path: Path) -> No
     assert load("rows.jsonl", eval_fraction=0.0).fingerprint != drawn.fingerprint
 
 
+def test_the_rows_of_one_task_are_drawn_of_a_stream(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{number}", "completion": "a", "task": "odd" if number % 2 else "even"} for number in range(90)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    def load(**values: Any) -> LoadedDataset:
+        return load_rows(spec("rows.jsonl", eval_fraction=0.0, shuffle_buffer=8, **values), tmp_path)
+
+    drawn = [int(prompt) for prompt in load(where={"task": "odd"}, num_examples=30).train["prompt"]]
+    assert len(set(drawn)) == 30, "as many as were asked for, not as many as are left of them"
+    assert all(number % 2 for number in drawn)
+    assert load(where={"task": "even"}, num_examples=30).fingerprint != load(num_examples=30).fingerprint
+    with pytest.raises(ConfigError, match=r"where\.kind: no such column\. Found: prompt, completion, task"):
+        load(where={"kind": "odd"}, num_examples=30)
+
+
 def test_images_come_as_they_are(tmp_path: Path) -> None:
     contents = []
     for shade in range(12):
