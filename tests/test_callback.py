@@ -308,7 +308,9 @@ def test_the_ledger_survives_a_resume_in_the_script(tiny_plan: PartitionPlan, tr
     again.train(resume_from_checkpoint=str(trained / "checkpoint-6"))
     again.save_model()
     assert failed(verify_checkpoint(tiny_plan, tmp_path / "again")) is None
-    assert read_manifest(tmp_path / "again")["final_loss"] == read_manifest(tmp_path)["final_loss"]
+    # Of a plain Trainer, whose loss is rounded in another order than TRL's.
+    losses = [read_manifest(folder)["final_loss"] for folder in (tmp_path / "again", tmp_path)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_a_resume_without_a_ledger_is_refused(tiny_plan: PartitionPlan, trained: Path, tmp_path: Path) -> None:
