@@ -101,10 +101,30 @@ def train_group(
         state.wait_for_everyone()
         if state.is_main_process:
             stopped_checkpoint(plan, checkpoint, part / "final")
-            _publish(part, output)
+    else:
+        _train(plan, group, part, args, section, checkpoint, progress)
+    if state.is_main_process:
+        _publish(part, output)
+        if read_manifest(output)["status"] == "stopped":
             progress.note(f"group {group}: {_stopped_line(plan, group, output)}")
-        state.wait_for_everyone()
-        return output
+        if args.push_to_hub:
+            pushed = push_group(output, str(args.hub_model_id), args.hub_private_repo)
+            progress.note(f"group {group}: pushed {pushed.url}")
+    state.wait_for_everyone()
+    return output
+
+
+def _train(
+    plan: PartitionPlan,
+    group: int,
+    part: Path,
+    args: SFTConfig,
+    section: TrainSection,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> None:
+    """From the base, or from `checkpoint`, to `part/final`."""
+    planned, state = plan.group(group), PartialState()
     base = plan.base_folder()
     tokenizer = load_tokenizer(base, plan.base.get("chat_template"), plan.has_images)
     model = load_model(base, args, plan.peft or None, plan.base.get("freeze", ()))
@@ -135,15 +155,6 @@ def train_group(
             trainer.save_model(str(part / "final"), _internal_call=True)
             if state.is_main_process:
                 trainer.state.save_to_json(str(part / "final" / "trainer_state.json"))
-    if state.is_main_process:
-        _publish(part, output)
-        if read_manifest(output)["status"] == "stopped":
-            progress.note(f"group {group}: {_stopped_line(plan, group, output)}")
-        if args.push_to_hub:
-            pushed = push_group(output, str(args.hub_model_id), args.hub_private_repo)
-            progress.note(f"group {group}: pushed {pushed.url}")
-    state.wait_for_everyone()
-    return output
 
 
 def last_checkpoint(part: Path) -> Path | None:
