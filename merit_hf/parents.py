@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from merit_hf.plan import PartitionPlan
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,38 @@ def parents(manifest: Mapping[str, Any]) -> list[Parent]:
     if manifest.get("interpolate_to_init", 1) != 1:
         found.append(Parent("base", None, _repo(manifest["base"]), None))
     return found
+
+
+def merge_command(plan: PartitionPlan, manifest: Mapping[str, Any]) -> str:
+    """The `merit merge` call that makes this model again."""
+    made_of = [parent for parent in parents(manifest) if parent.kind != "base"]
+    in_repos = all(parent.repo for parent in made_of)
+    names = {
+        parent: "{}@{:.12}".format(*parent.repo.split("@")) if in_repos and parent.repo else parent.name
+        for parent in made_of
+    }
+    folders = " ".join(name for parent, name in names.items() if parent.kind == "group")
+    before = "".join(f" --with-merged {name}" for parent, name in names.items() if parent.kind == "merged")
+    command = f"merit merge {plan.repo_id or 'PLAN'} {folders}{before} --output merged"
+    weights = manifest.get("weights", "tokens")
+    if weights != "tokens":
+        command += f" --weights {'weights.yaml' if weights == 'file' else weights}"
+    if manifest.get("engine", "safetensors") != "safetensors":
+        command += f" --engine {manifest['engine']}"
+    if manifest.get("adapters", "dense") != "dense":
+        command += f" --adapters {manifest['adapters']}"
+    if manifest.get("svd_rank"):
+        command += f" --svd-rank {manifest['svd_rank']}"
+    if manifest.get("method", "linear") != "linear":
+        command += f" --method {manifest['method']}"
+        command += "".join(f" --parameter {key}={json.dumps(v)}" for key, v in manifest["parameters"].items())
+    if manifest.get("interpolate_to_init", 1) != 1:
+        command += f" --interpolate-to-init {manifest['interpolate_to_init']:g}"
+    if manifest.get("asked_out_dtype"):
+        command += f" --out-dtype {manifest['asked_out_dtype']}"
+    if any("stopped_at_step" in group for group in manifest["groups"]):
+        command += " --allow-partial"
+    return command + (" --allow-missing" if len(manifest["groups"]) < plan.num_groups else "")
 
 
 def _repo(entry: Mapping[str, Any]) -> str | None:

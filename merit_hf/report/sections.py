@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from merit_hf.cards import how_split, merge_command
+from merit_hf.cards import how_split
+from merit_hf.parents import merge_command
 from merit_hf.plan import PartitionPlan
 from merit_hf.report import charts
 from merit_hf.report.blocks import Cell, Table, count, decimals, group_cell, listed, number, plural, text
