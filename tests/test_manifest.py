@@ -43,8 +43,8 @@ def test_an_untouched_checkpoint_verifies(tiny_plan: PartitionPlan, checkpoint: 
     checks = verify_checkpoint(tiny_plan, checkpoint)
     assert all(check.ok for check in checks)
     assert [check.name for check in checks] == [
-        "kind", "group", "status", "num_steps", "file names", "no pickled weights", "known files", "group_sha256", "base weights",
-        "chat template", "datasets", "SFT settings", "num_input_tokens", "num_loss_tokens", "files",
+        "kind", "group", "status", "num_steps", "file names", "no pickled weights", "known files", "group_sha256",
+        "base weights", "chat template", "datasets", "SFT settings", "num_input_tokens", "num_loss_tokens", "files",
         "tensors", "checksums", "model config", "tokenizer", "chat template in the files", "finite weights", "trained",
         "largest move",
     ]  # fmt: skip
