@@ -17,8 +17,9 @@ units of a middle are summed again in float64. So the result is the value neares
 bfloat16 and 2 K u Σ |w_k x_k| of it.
 
 **Distances** are sums of squares of differences that are rounded to float32 once (relative error u), added up in
-float32 over rows of 512 and from there in float64: 6 digits and more. Where float32 has not the range, or what is
-summed cancels, all is done again in float64; so it is where there are few elements.
+float32 over rows of 512 and from there in float64: 6 digits and more, and 5 of the distance of what is written to the
+mean. Where float32 has not the range, or what is summed cancels, all is done again in float64; so it is where
+elements are few.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Sums:
         largest = int(np.argmax(np.abs(self._single)))
         others = float(np.delete(self._single, largest).sum(dtype=np.float64))
         self._single[largest] = sum(self._fractions) - others
+        self._cut = np.abs(self._single - np.array(self._fractions))
         # A weight that float32 would cut short is for float64.
         least = min(map(abs, self._fractions))
         self._float32 = len(self._fractions) <= _MAX_FLOAT32_TERMS and (least == 0 or least > 2.0**-100)
@@ -93,7 +95,7 @@ class Sums:
 
     def _in_float32(self, origin: Array, parts: Sequence[Array], out: Array) -> list[float] | None:
         """Two neighbours are one 32-bit word, and its halves are widened by themselves: first all even elements of a
-        block, then all odd ones. None where too many are near a middle, as with equal weights."""
+        block, then all odd ones. None where too many are near a middle, as with equal weights, or distances suffer."""
         total = np.zeros(len(self._squared))
         doubtful = []
         for at in _blocks(len(origin)):
@@ -126,7 +128,14 @@ class Sums:
         if doubtful:
             places = np.concatenate(doubtful)
             out[places] = self._exactly([stored[places] for stored in parts])
-        return [float(square) for square in (*total[-2:], *total[:-2])]
+        squares = [float(square) for square in (*total[-2:], *total[:-2])]
+        return squares if self._sharp(squares) else None
+
+    def _sharp(self, squares: Sequence[float]) -> bool:
+        """Whether float32 leaves the distance of what is written to the mean its 5 digits: it cuts weights short and
+        rounds what they move, and either may be the same everywhere, where all moves are of one size."""
+        _, error, *moved = squares
+        return bool(np.sqrt(moved) @ (self._cut + 2.0**-24 * np.abs(self._fractions)) <= 4e-6 * error**0.5)
 
     def _near_a_middle(self, bits: Bits, spare: Bits) -> NDArray[np.intp]:
         """Where the sum in float32 is so near to the middle of two bfloat16 that its error may decide."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from merit_hf.plan import PartitionPlan
@@ -24,6 +25,12 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from threads, and sums must not depend on how many cores there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples everywhere, so that what a change is told is about the change. `HYPOTHESIS_PROFILE=search` draws
+# new ones, to find what these do not show: a failure it prints becomes an `@example`.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("search", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from merging import assert_nearest
 
@@ -61,6 +61,8 @@ def check(parts: Sequence[np.ndarray], fractions: Sequence[float]) -> None:
     spread=st.sampled_from([1e-4, 1e-2, 1.0, 30.0]),
     scale=st.sampled_from([1e-25, 0.02, 1e15]),
 )
+@example(seed=0, weights=[1.0, 1e-5], spread=1e-4, scale=0.02)  # hardly anything but the weights' float32 is rounded
+@example(seed=0, weights=[0.5, 2.0**-14, 2.0**-14], spread=1e-4, scale=1e15)  # all moves are one unit of bfloat16
 def test_bfloat16_is_nearest_or_within_its_bound(seed: int, weights: list[float], spread: float, scale: float) -> None:
     """`spread` 1 and more are unrelated models, whose terms cancel; scales 1e-25 and 1e15 leave float32's squares."""
     generator = np.random.default_rng(seed)
