@@ -30,8 +30,9 @@ class Warmup(_Section):
 
     Args:
         tokens: that it is trained on, in all. tasks: whose examples stand beside Python's own source files.
-        examples: a task at most; text_megabytes: of source files. batch_size: sequences of `length` tokens a step.
-        save_steps: how much is lost at most by a kill.
+        examples: a task at most; text_megabytes: of source files. batch_size: sequences of `length` tokens a step, of
+        which `micro_batch_size` are worked on at once. bf16: products in bfloat16, weights in float32. save_steps: how
+        much is lost at most by a kill.
     """
 
     tokens: int = Field(ge=1)
@@ -45,9 +46,17 @@ class Warmup(_Section):
     num_heads: int = 4
     length: int = 256
     batch_size: int = 32
+    micro_batch_size: int = 8
+    bf16: bool = False
     learning_rate: float = 1e-3
     save_steps: int = 200
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _whole(self) -> Warmup:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not made of micro_batch_size {self.micro_batch_size}")
+        return self
 
 
 class Base(_Section):

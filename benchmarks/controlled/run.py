@@ -38,6 +38,7 @@ from gates import AFTER_TRAINING, BEFORE_TRAINING, gate_facts, judge
 from material import VAL, Material
 from record import CHOICE, GATE, SETUP, TUNE, Record, select
 from stages import Row, Stages, fact, plan_metrics
+from workers import rows_of_cells
 
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.entry import exit_on_error
@@ -51,8 +52,10 @@ UNTIL = ("gates", "tune", "all")
 class Run:
     """One condition of an experiment, in its folder, recorded in its record."""
 
-    def __init__(self, experiment: Experiment, condition: str, folder: Path, base: Path, record: Record) -> None:
-        self.experiment, self.condition, self.record = experiment, condition, record
+    def __init__(
+        self, experiment: Experiment, condition: str, folder: Path, base: Path, record: Record, workers: int
+    ) -> None:
+        self.experiment, self.condition, self.record, self.workers = experiment, condition, record, workers
         self.material = Material(experiment, folder, base)
         self.stages = Stages(experiment, condition, self.material, folder)
         self.say = self.stages.progress.note
@@ -175,10 +178,7 @@ class Run:
 
     def _tune(self) -> dict[str, float]:
         """{arm: learning rate}; validation rows alone are looked at, and test rows do not exist yet."""
-        for cell in tuning_cells(self.experiment):
-            if self.key(cell.name) not in self.record.cells:
-                self.say(f"tuning: {cell.work}")
-                self.record.append(self.key(cell.name), self.stages.tuning_cell(cell))
+        self._record_cells(tuning_cells(self.experiment))
         rates = {}
         for arm in self.experiment.arms:
             source = self.experiment.rate_from(arm)
@@ -213,11 +213,20 @@ class Run:
         if self.key(BASE) not in self.record.cells:
             self.record.append(self.key(BASE), self.stages.base_cell())
         wanted = list(cells(self.experiment, rates))
-        for number, cell in enumerate(wanted, 1):
-            if self.key(cell.name) not in self.record.cells:
-                self.say(f"cell {number} of {len(wanted)}: {cell.work}")
-                self.record.append(self.key(cell.name), self.stages.run_cell(cell))
-            self.stages.forget(cell)
+        for cell in wanted:
+            if self.key(cell.name) in self.record.cells:
+                self.stages.forget(cell)
+        self._record_cells(wanted)
+
+    def _record_cells(self, wanted: Sequence[Cell]) -> None:
+        missing = [cell for cell in wanted if self.key(cell.name) not in self.record.cells]
+        done = len(wanted) - len(missing)
+        for cell, rows in rows_of_cells(self.stages, missing, self.workers):
+            self.record.append(self.key(cell.name), rows)
+            done += 1
+            self.say(f"recorded {done} of {len(wanted)}: {cell.name}")
+            if cell.phase == "run":
+                self.stages.forget(cell)
 
 
 def _mixture_loss(rows: Sequence[Row], rate: float, names: Sequence[str]) -> float:
@@ -243,6 +252,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--until", choices=UNTIL, default="all", help="stop after the gates, or after tuning")
     parser.add_argument("--only", metavar="CONDITION", help="one of the experiment's conditions")
     parser.add_argument("--force", action="store_true", help="go on with a mixture that fails a gate")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="cells that are worked on at once; they share the cores"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     quiet_libraries()
@@ -251,28 +263,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.only not in (None, *experiments):
             raise ConfigError(f"--only {options.only}: no such condition. There are: {', '.join(experiments)}.")
         with Record(options.output) as record:
-            run_all(experiments, record, options.output, options.only, options.until, options.force)
+            run_all(experiments, record, options)
             sys.stderr.write(f"{record.path}: {len(record.rows):,} rows of {len(record.cells):,} cells.\n")
 
 
-def run_all(
-    experiments: Mapping[str, Experiment], record: Record, output: Path, only: str | None, until: str, force: bool
-) -> None:
+def run_all(experiments: Mapping[str, Experiment], record: Record, options: argparse.Namespace) -> None:
     """Every condition, or the one that is asked for.
 
     Raises:
         MeritError: mixtures that fail a gate, when all others are done.
     """
+    output = options.output
     base, refused = output / "base", []
     folders = {name: output / name if name else output for name in experiments}
     # Conditions share their base, so it must have seen nothing that any of them holds out.
     excluded: set[str] = set()
     if not base.exists():
         excluded = set().union(*(Material(e, folders[name], base).excluded() for name, e in experiments.items()))
-    for condition in experiments if only is None else [only]:
-        run = Run(experiments[condition], condition, folders[condition], base, record)
+    for condition in experiments if options.only is None else [options.only]:
+        run = Run(experiments[condition], condition, folders[condition], base, record, options.workers)
         try:
-            run.measure(until, force, excluded)
+            run.measure(options.until, options.force, excluded)
         except MeritError as error:
             if len(experiments) == 1:
                 raise

@@ -183,6 +183,19 @@ class Stages:
 
     # ------------------------------------------------------------ cells
 
+    def share(self, wanted: Sequence[Cell]) -> None:
+        """Make what several of these cells would make each, and at the same place."""
+        for split in (VAL,) if self.material.sealed else (VAL, TEST):
+            self.yardstick(split)
+        for cell in wanted:
+            measured = self.experiment.arm(cell.arm).kind == "split" and cell.plan_seed is not None
+            self.material.of_cell(cell, self.measured_plan(cell.plan_seed) if measured else None)
+
+    def cell(self, cell: Cell) -> list[Row]:
+        """The rows of a cell of the matrix, or of a learning rate that is tried."""
+        self.progress.note(f"{cell.phase}: {cell.work}")
+        return self.tuning_cell(cell) if cell.phase == "tune" else self.run_cell(cell)
+
     def base_cell(self) -> list[Row]:
         models = {BASE: self.yardstick(VAL).base_folder()}
         found = self.evaluated(models, VAL) + self.evaluated(models, TEST, self.experiment.evaluation.answers)

@@ -137,7 +137,8 @@ def build_base(warmup: Warmup, folder: Path, excluded: Collection[str], progress
     rows = datasets.Dataset.from_dict({"input_ids": blocks.astype(np.int64)})
     rows = rows.with_format("torch")
     args = TrainingArguments(
-        output_dir=str(part / "run"), max_steps=steps, per_device_train_batch_size=warmup.batch_size,
+        output_dir=str(part / "run"), max_steps=steps, per_device_train_batch_size=warmup.micro_batch_size,
+        gradient_accumulation_steps=warmup.batch_size // warmup.micro_batch_size, bf16=warmup.bf16,
         learning_rate=warmup.learning_rate, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 50),
         weight_decay=0.1, adam_beta2=0.95, seed=warmup.seed, data_seed=warmup.seed, save_steps=warmup.save_steps,
         save_total_limit=2, logging_steps=20, report_to="none", disable_tqdm=True, remove_unused_columns=False,
