@@ -74,18 +74,18 @@ def test_a_run_is_refused_by_a_gate_killed_and_resumed_and_repeats_and_loses_not
     assert not (output / "data" / "test").exists()
     assert not [row for row in read_rows(file) if row["phase"] == "run"]
 
-    # Killed in the middle of a soup's training, once the joint cell is recorded.
+    # Killed in the middle of a training, once the joint cell is recorded; its workers go with it.
     before = file.read_bytes()
     kill_when(
-        [str(HERE / "run.py"), *arguments, "--force"],
+        [str(HERE / "run.py"), *arguments, "--force", "--workers", "2"],
         lambda: (
             b'"cell": "joint-o0"' in file.read_bytes()
-            and bool(list((output / "work").glob("soup-2*/groups/*.part/checkpoint-*")))
+            and bool(list((output / "work").glob("*/groups/*.part/checkpoint-*")))
         ),
     )
     killed = file.read_bytes()
     assert killed.startswith(before)
-    main([*arguments, "--force"])
+    main([*arguments, "--force", "--workers", "2"])
     assert file.read_bytes().startswith(killed)
 
     experiment = read_experiment(path)[""]

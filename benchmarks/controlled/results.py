@@ -35,8 +35,9 @@ def write_results(files: Sequence[Path], output: Path) -> Path:
     Raises:
         ConfigError: a file that is not there, or nothing in any of them.
     """
-    found = [summary for file in files for summary in summaries(read_rows(file))]
-    if not found:
+    known = [summary for file in files for summary in summaries(read_rows(file))]
+    found = [summary for summary in known if BASE in summary.cells]
+    if not known:
         raise ConfigError(f"{', '.join(map(str, files))}: no finished cell yet. Run the experiment first.")
     (output / "figures").mkdir(parents=True, exist_ok=True)
     pictures = {summary.title: save_trade_off(summary, output / "figures") for summary in found}
@@ -47,6 +48,7 @@ def write_results(files: Sequence[Path], output: Path) -> Path:
     text = environment.get_template(TEMPLATE).render(
         results=[summary for summary in found if summary.experiment.claims],
         trials=[summary for summary in found if not summary.experiment.claims],
+        stopped=[summary for summary in known if BASE not in summary.cells],
         pictures=pictures,
         across=across_conditions([summary for summary in found if summary.experiment.claims]),
         sources=[_named(file) for file in files],

@@ -8,10 +8,12 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 
 from experiment import Cell
 from stages import Row, Stages
 
+from merit_hf.errors import MeritError
 from merit_hf.quiet import quiet_libraries
 
 _stages: Stages | None = None
@@ -21,7 +23,7 @@ def rows_of_cells(stages: Stages, wanted: Sequence[Cell], workers: int) -> Itera
     """Cells as they are finished, and their rows; with one worker in their order, in this process.
 
     Raises:
-        MeritError: as a cell does. Cells that are in work then end first, and their rows are lost.
+        MeritError: as a cell does, when what is in work has ended, whose rows are lost; or a worker was ended.
     """
     if min(workers, len(wanted)) < 2:
         for cell in wanted:
@@ -37,6 +39,10 @@ def rows_of_cells(stages: Stages, wanted: Sequence[Cell], workers: int) -> Itera
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise MeritError(
+                "a worker was ended from outside, perhaps for want of memory. Run it again, with fewer --workers."
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
