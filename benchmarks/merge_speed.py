@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("quickstart", type=Path, help="the folder that `make demo` made")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--scratch", type=Path, help="a folder on the disk to measure; default: beside the quickstart")
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="merge-", dir=options.scratch or options.quickstart))
