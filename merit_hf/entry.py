@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 import traceback
 from collections.abc import Iterator
@@ -29,8 +30,20 @@ def exit_on_error(debug: bool = False) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _say(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}. Run it with --debug and report it.")
+        said = f"unexpected {type(error).__name__}: {' '.join(str(error).split())}. Run it with --debug and report it."
+        _say(_of_a_path(error) or said)
         sys.exit(1)
+
+
+def _of_a_path(error: Exception) -> str | None:
+    """What the system refused to do with a path; None for other errors, a library's own OSError among them."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'disk'}: {error.strerror}. Free some, and run the same command again: it goes on."
+    if error.filename is None:
+        return None
+    return f"{error.filename}: {error.strerror}. Give a path that is there and may be read and written."
 
 
 def _say(text: str) -> None:

@@ -30,6 +30,7 @@ from merit_hf.groups import GRADIENT_SPLITS, plan_groups
 from merit_hf.measure import measure_gradients
 from merit_hf.mixture import PreparedDataset, name_images, plan_specs, prepare_mixture, read_mixture
 from merit_hf.plan import PartitionPlan, PlannedDataset, PlannedGroup, canonical_sha256
+from merit_hf.plan_files import holds_plan
 from merit_hf.planner import MeritPlanner, save_plan
 from merit_hf.progress import Progress
 from merit_hf.projection import local_values, nearest_centroids, project_onto_axes, sides_of_cuts
@@ -74,6 +75,7 @@ def extend_plan(
     if mode not in MODES or branches not in BRANCHES:
         raise ConfigError(f"mode {mode!r}, branches {branches!r}: expected {MODES} and {BRANCHES}.")
     output, progress = Path(output), progress or Progress()
+    holds_plan(output)
     entries = [dict(entry) for entry in datasets]
     config = new_config(plan, entries, "datasets")
     folder = plan.base_folder()
@@ -185,7 +187,7 @@ class _Projection:
                 **{f"weight of {dataset.name}": dataset.weight for dataset in loaded if dataset.weight != 1},
             }
         )
-        if output.exists():
+        if holds_plan(output):
             finished = PartitionPlan.from_pretrained(output)
             if finished.inputs_sha256 != inputs:
                 raise ConfigError(

@@ -35,6 +35,19 @@ def read_content(folder: Path) -> dict[str, Any]:
     return content
 
 
+def holds_plan(output: Path) -> bool:
+    """Whether a plan lies in the folder `output`, which is to hold one. An empty folder counts as none.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    if (output / PLAN_NAME).is_file():
+        return True
+    if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
+        raise ConfigError(f"{output} exists and is no plan. Give another --output, or delete it.")
+    return False
+
+
 def locate_plan(path: str | Path, revision: str | None) -> tuple[Path, str | None, str | None]:
     """Folder, repo id and commit of a plan; the last two are None for a folder.
 
@@ -46,7 +59,7 @@ def locate_plan(path: str | Path, revision: str | None) -> tuple[Path, str | Non
         return folder, None, None
     if folder.exists():
         raise ConfigError(
-            f"{path}: no {PLAN_NAME} in it, so it is not a plan. `merit plan CONFIG --output {path}` makes one."
+            f"{path}: no {PLAN_NAME} in it, so it is not a plan. `merit plan CONFIG --output DIR` makes one."
         )
     repo_id, _, at = str(path).partition("@")
     from merit_hf.hub import fetch_plan, pin_revision

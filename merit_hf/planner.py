@@ -36,7 +36,8 @@ from merit_hf.hub import resolve_model
 from merit_hf.measure import keep_readouts, measure_gradients
 from merit_hf.mixture import PreparedDataset, name_images, prepare_mixture, read_mixture
 from merit_hf.oversized import planned_parts, with_parts
-from merit_hf.plan import PartitionPlan, canonical_sha256
+from merit_hf.plan import PLAN_NAME, PartitionPlan, canonical_sha256
+from merit_hf.plan_files import holds_plan
 from merit_hf.progress import Progress
 from merit_hf.readouts import SKETCHES_NAME, GradientReadout, write_sketches
 from merit_hf.resolved import first_difference, local_settings, published_config
@@ -124,6 +125,8 @@ class MeritPlanner:
         # Cutting datasets into parts replaces entries; another call starts from those that were given.
         self.config = self._given
         output = Path(output)
+        # What stands in the way is told before anything is read.
+        holds_plan(output)
         part = output.with_name(output.name + ".part")
         sft, chat_template = take_chat_template(self.config.sft, self.config.root)
         args = build_args(sft)
@@ -137,7 +140,7 @@ class MeritPlanner:
         given_affinity(self.config, [dataset.name for dataset in loaded])
         folder, base, tokenizer = self._resolve_base(chat_template, any(dataset.images for dataset in loaded))
         inputs = self._inputs(base, args, loaded)
-        if output.exists():
+        if holds_plan(output):
             finished = _finished(output, canonical_sha256(inputs), self.config, folder)
             if self.worker.is_main:
                 # A kill between the rename and the clean-up leaves it.
@@ -156,7 +159,7 @@ class MeritPlanner:
         prepared = self._cut_oversized(prepared, model, tokenizer, args)
         readouts, seconds = self._measure(prepared, model, tokenizer, args, base, part / "gradients", output, peft)
         if not self.worker.is_main and not self.worker.shards:
-            self.worker.wait(until=output.exists)
+            self.worker.wait(until=(output / PLAN_NAME).exists)
             return PartitionPlan.from_pretrained(output)
         matrix_start = time.monotonic()
         found = partition_mixture(self.config, prepared, readouts, tokenizer)
@@ -195,7 +198,7 @@ class MeritPlanner:
         }
         # Processes that share a model go through the same steps; one of them writes.
         if not self.worker.is_main:
-            self.worker.wait(until=output.exists)
+            self.worker.wait(until=(output / PLAN_NAME).exists)
             return PartitionPlan.from_pretrained(output)
         firsts = [readout.first_half for readout in readouts if readout.first_half is not None]
         sketches = [readout.sketch for readout in readouts]
@@ -282,7 +285,7 @@ class MeritPlanner:
         if self.config.plan.split not in GRADIENT_SPLITS:
             return [], 0.0
         # A process that is late finds the folder gone again, and the plan in its place.
-        self.worker.wait(until=lambda: folder.exists() or output.exists())
+        self.worker.wait(until=lambda: folder.exists() or (output / PLAN_NAME).exists())
         moments_change = self.config.plan.precondition == "adam" and self.config.plan.optimizer_state is None
         if self.parent is not None and not moments_change:
             keep_readouts(self.parent, prepared, args, self.config.plan, folder, peft, self.config.root)

@@ -235,6 +235,10 @@ def failures(road: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
     (broken / "model.safetensors").write_bytes(b"cut short")
     out = ["--output", folder / "out"]
     return {
+        "output below a file": (
+            ["plan", road / "mixture.yaml", "--output", road / "mixture.yaml/plan"],
+            f"{road / 'mixture.yaml/plan.part'}/gradients: Not a directory. Give a path",
+        ),
         "plan changed": (["train", broken_plan, "--group", "0", *out], "records sha256 000000000000"),
         "weights changed": (
             ["merge", road / "plan", broken, road / "groups/1", *out],
@@ -244,7 +248,7 @@ def failures(road: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
     }
 
 
-@pytest.mark.parametrize("name", ["plan changed", "weights changed", "weights unreadable"])
+@pytest.mark.parametrize("name", ["output below a file", "plan changed", "weights changed", "weights unreadable"])
 def test_a_failure_is_one_line_and_exit_1(name: str, road: Path, tmp_path: Path) -> None:
     arguments, message = failures(road, tmp_path)[name]
     assert message in refusal(1, *arguments)

@@ -270,6 +270,17 @@ def test_a_folder_that_is_no_plan_is_refused(tmp_path: Path, copy: Path) -> None
         assert "\n" not in str(caught.value)
 
 
+def test_an_output_that_is_empty_is_free_and_another_is_told_before_anything_is_read(
+    mixture: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert make_plan(mixture, tmp_path / "empty", "plan.split=random").folder == tmp_path / "empty"
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"taken exists and is no plan. Give another --output"):
+        make_plan(mixture, tmp_path / "taken", "datasets.copy.path=data/none.jsonl")
+
+
 def test_a_finished_plan_is_returned_and_other_inputs_are_refused(mixture: Path, plan: PartitionPlan) -> None:
     stamp = (plan.folder / PLAN_NAME).stat().st_mtime_ns
     again = make_plan(mixture, plan.folder)
