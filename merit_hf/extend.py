@@ -27,7 +27,7 @@ from merit_hf.conflict import cross_cosines
 from merit_hf.extension import check_base, check_template, new_config, plan_config
 from merit_hf.findings import planned_datasets
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups
-from merit_hf.measure import measure_gradients
+from merit_hf.measure import check_sketches, measure_gradients
 from merit_hf.mixture import PreparedDataset, name_images, plan_specs, prepare_mixture, read_mixture
 from merit_hf.plan import PartitionPlan, PlannedDataset, PlannedGroup, canonical_sha256
 from merit_hf.plan_files import holds_plan
@@ -70,12 +70,14 @@ def extend_plan(
 
     Raises:
         ConfigError: a name is taken, the plan holds no gradients, base or chat template are not the plan's, or
-            `output` holds another plan. MeritError: data or base cannot be read, or a gradient is not finite.
+            `output` holds another plan. MeritError: data or base cannot be read, files of the plan are missing, or a
+            gradient is not finite.
     """
     if mode not in MODES or branches not in BRANCHES:
         raise ConfigError(f"mode {mode!r}, branches {branches!r}: expected {MODES} and {BRANCHES}.")
     output, progress = Path(output), progress or Progress()
     holds_plan(output)
+    check_sketches(plan)
     entries = [dict(entry) for entry in datasets]
     config = new_config(plan, entries, "datasets")
     folder = plan.base_folder()
@@ -83,6 +85,8 @@ def extend_plan(
     if mode == "refit":
         return _refit(plan, entries, output, progress)
     _check_projectable(plan.config["plan"])
+    if not plan.is_measured:
+        raise MeritError(f"{plan.folder}: the plan's conflict matrix is missing. Restore data/conflict.parquet.")
     return _Projection(plan, config, folder, branches, progress).make(output)
 
 
@@ -238,10 +242,7 @@ class _Projection:
         args: SFTConfig,
     ) -> tuple[PartitionPlan, list[np.ndarray], ConflictPairs]:
         plan = self.plan
-        stored = plan.load_sketches()
-        if stored is None:
-            raise MeritError(f"{plan.folder}: the plan's sketches are missing. Restore sketches.safetensors.")
-        old_rows = list(np.asarray(stored))
+        old_rows = list(np.asarray(plan.load_sketches()))
         new_rows = [np.asarray(readout.sketch) for readout in readouts]
         cosines = cross_cosines(old_rows, new_rows)
         coordinates, projected = self._place(old_rows, new_rows, cosines)

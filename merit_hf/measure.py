@@ -203,6 +203,12 @@ def keep_readouts(
             save_readout(path, key, readout)
 
 
+def check_sketches(plan: PartitionPlan) -> None:
+    """Raises MeritError where the sketches of a plan that was made of gradients are missing or cut short."""
+    if plan.load_sketches() is None and any(dataset.gradient_norm is not None for dataset in plan.datasets):
+        raise MeritError(f"{plan.folder}: the plan's sketches are missing. Restore sketches.safetensors.")
+
+
 def stored_readouts(plan: PartitionPlan, names: Sequence[str]) -> list[GradientReadout]:
     """The read-outs that a plan holds of its datasets `names`. What they cost was paid: 0 tokens."""
     sketches, firsts = plan.load_sketches(), plan.load_first_halves()

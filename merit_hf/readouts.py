@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from merit_hf.errors import MeritError
+
 SKETCHES_NAME = "sketches.safetensors"
 
 
@@ -98,10 +100,21 @@ def write_sketches(path: Path, rows: Sequence[np.ndarray], first_halves: Sequenc
 
 
 def open_sketches(path: Path, name: str = "sketches") -> np.ndarray | None:
-    """A matrix that `write_sketches` wrote, memory-mapped; None where the file has none of that name."""
+    """A matrix that `write_sketches` wrote, memory-mapped; None where the file has none of that name.
+
+    Raises:
+        MeritError: the file is cut short.
+    """
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        tensor = json.loads(file.read(size)).get(name)
+        try:
+            header = json.loads(file.read(size))
+        except ValueError:
+            header = {}
+    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if not header or path.stat().st_size < 8 + size + end:
+        raise MeritError(f"{path}: the plan's sketches are cut short. Restore {path.name}.")
+    tensor = header.get(name)
     if tensor is None:
         return None
     offset = 8 + size + tensor["data_offsets"][0]

@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.groups import GRADIENT_SPLITS
-from merit_hf.measure import stored_readouts
+from merit_hf.measure import check_sketches, stored_readouts
 from merit_hf.mixture import PreparedDataset, check_against_plan, plan_specs
 from merit_hf.overrides import apply_override
 from merit_hf.plan import PartitionPlan
@@ -56,9 +56,11 @@ def repartition(
     Raises:
         ConfigError: an override that the read-outs would have to be measured again for, a split by gradients of a plan
             that has none, or data that is not on this machine.
-        MeritError: base or data are not the planned ones any more.
+        MeritError: base or data are not the planned ones any more, or the plan's sketches are damaged.
     """
     config = _config(plan, split, seed, num_groups, overrides)
+    if config.plan.split in GRADIENT_SPLITS:
+        check_sketches(plan)
     if config.plan.split in GRADIENT_SPLITS and plan.load_sketches() is None:
         raise ConfigError(
             f"plan.split={config.plan.split} looks at gradients, and the plan holds none, since "

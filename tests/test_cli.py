@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from tiny import make_mixture
 from typer.testing import CliRunner, Result
 
 from merit_hf.cli import app
+from merit_hf.entry import exit_on_error
 from merit_hf.manifest import read_manifest
 from merit_hf.plan import PartitionPlan
 
@@ -253,6 +255,19 @@ def test_a_failure_is_one_line_and_exit_1(name: str, road: Path, tmp_path: Path)
     arguments, message = failures(road, tmp_path)[name]
     assert message in refusal(1, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_the_system_names_its_path_and_a_librarys_own_is_to_be_reported(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for error, said in (
+        (OSError(errno.ENOSPC, "No space left on device"), "disk: No space left on device. Free some"),
+        (PermissionError(errno.EACCES, "Permission denied", "there"), "there: Permission denied. Give a path"),
+        (ConnectionError("no route"), "unexpected ConnectionError: no route. Run it with --debug"),
+    ):
+        with pytest.raises(SystemExit, match="1"), exit_on_error():
+            raise error
+        assert said in capsys.readouterr().err
 
 
 def test_verify_of_unreadable_weights_is_a_failed_check(road: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 from tiny import TEMPLATE, as_chat, make_base, make_mixture, task_rows, write_jsonl
 
 from merit_hf import extend, tables
-from merit_hf.config import ConfigError, MeritConfig
+from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.conflict import conflict_matrix, cross_cosines
 from merit_hf.extend import changes, extend_plan
 from merit_hf.extension import read_extension
@@ -27,6 +28,7 @@ from merit_hf.plan import PartitionPlan
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
 from merit_hf.projection import local_values, nearest_centroids, project_onto_axes, sides_of_cuts
+from merit_hf.repartition import repartition
 from merit_hf.training import train_group
 from merit_hf.verification.verify import verify_checkpoint
 
@@ -281,11 +283,25 @@ def test_a_new_dataset_falls_to_its_own_side() -> None:
     assert nearest_centroids(cosines, list(rows), groups).tolist() == [groups[1], groups[0]]
 
 
-def test_without_its_sketches_a_plan_says_so(
+def test_a_damaged_plan_says_what_to_restore_before_anything_is_measured(
     plan: PartitionPlan, entries: Callable[..., Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(str(plan.folder), tmp_path / "bare")
-    (tmp_path / "bare/sketches.safetensors").unlink()
-    bare = PartitionPlan.from_pretrained(tmp_path / "bare")
-    with pytest.raises(Exception, match="sketches are missing"):
-        extend_plan(bare, read_extension(entries("upper"), bare), tmp_path / "out", progress=QUIET)
+    folder = Path(shutil.copytree(str(plan.folder), tmp_path / "bare"))
+    sketches = folder / "sketches.safetensors"
+
+    def refused(said: str, split: bool = True) -> None:
+        bare = PartitionPlan.from_pretrained(folder)
+        with pytest.raises(MeritError, match=said):
+            extend_plan(bare, read_extension(entries("upper"), bare), tmp_path / "out", progress=QUIET)
+        if split:
+            with pytest.raises(MeritError, match=said):
+                repartition(bare, tmp_path / "out", progress=QUIET)
+
+    (folder / "data/conflict.parquet").unlink()
+    refused("conflict matrix is missing. Restore data/conflict.parquet", split=False)
+    for length in (sketches.stat().st_size - 4, 30, 0):
+        os.truncate(sketches, length)
+        refused("sketches are cut short. Restore sketches.safetensors")
+    sketches.unlink()
+    refused("sketches are missing. Restore sketches.safetensors")
+    assert not (tmp_path / "out.part").exists()
