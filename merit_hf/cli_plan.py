@@ -20,9 +20,11 @@ def extend(
         typer.Option(help="project: no finished group changes; refit: axes and groups are made again."),
     ] = "project",
     branches: Annotated[
-        str,
-        typer.Option(help="With project: a branch for each new `dataset`, or one for all that fall to a `group`."),
-    ] = "dataset",
+        Optional[str],
+        typer.Option(
+            help="With project: a branch for each new `dataset` (default), or one for all that fall to a `group`."
+        ),
+    ] = None,
     data: Data = None,
     debug: Debug = False,
 ) -> None:

@@ -166,6 +166,10 @@ def _section_of(location: tuple[int | str, ...]) -> type[BaseModel]:
 def _explain(error: ValidationError, content: dict[str, Any], source: str) -> str:
     """The first of pydantic's errors as one line."""
     first = error.errors()[0]
+    if first["type"] == "missing":
+        # A key that is wanted under another name.
+        strange = (other for other in error.errors() if other["type"] == "extra_forbidden")
+        first = next((other for other in strange if other["loc"][:-1] == first["loc"][:-1]), first)
     # Of a key that takes a number or a word, pydantic names the alternative behind the key.
     location, value = tuple(part for part in first["loc"] if part != "constrained-int"), first["input"]
     words = [

@@ -25,6 +25,7 @@ from merit_hf.adapters import model_settings
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.conflict import cross_cosines
 from merit_hf.extension import check_base, check_template, new_config, plan_config
+from merit_hf.fields import nearest
 from merit_hf.findings import planned_datasets
 from merit_hf.groups import GRADIENT_SPLITS, plan_groups
 from merit_hf.measure import check_sketches, measure_gradients
@@ -51,7 +52,7 @@ def extend_plan(
     datasets: Sequence[dict[str, Any]],
     output: str | Path,
     mode: str = "project",
-    branches: str = "dataset",
+    branches: str | None = None,
     progress: Progress | None = None,
 ) -> PartitionPlan:
     """Add datasets to a finished plan and save the new plan in `output`.
@@ -64,8 +65,8 @@ def extend_plan(
         output (`str` or `Path`): the folder to make.
         mode (`str`, *optional*, defaults to `"project"`): `project` keeps every group of the plan as it is and adds
             branches from the same base; `refit` makes the axes and all groups again.
-        branches (`str`, *optional*, defaults to `"dataset"`): with `project`, a branch for each new `dataset`, so that
-            a later extension leaves the branches of this one alone, or one for all that fall to the same `group`.
+        branches (`str`, *optional*): with `project`, a branch for each new `dataset` (default), so that a later
+            extension leaves the branches of this one alone, or one for all that fall to the same `group`.
         progress ([`Progress`], *optional*): where to show it.
 
     Raises:
@@ -73,8 +74,11 @@ def extend_plan(
             `output` holds another plan. MeritError: data or base cannot be read, files of the plan are missing, or a
             gradient is not finite.
     """
-    if mode not in MODES or branches not in BRANCHES:
-        raise ConfigError(f"mode {mode!r}, branches {branches!r}: expected {MODES} and {BRANCHES}.")
+    for option, value, choices in (("mode", mode, MODES), ("branches", branches or BRANCHES[0], BRANCHES)):
+        if value not in choices:
+            raise ConfigError(f"--{option} {value}: is not one of {', '.join(choices)}. {nearest(value, choices)}")
+    if mode == "refit" and branches is not None:
+        raise ConfigError("--branches is for --mode project: refit makes all groups again. Leave one of them out.")
     output, progress = Path(output), progress or Progress()
     holds_plan(output)
     check_sketches(plan)
@@ -87,7 +91,7 @@ def extend_plan(
     _check_projectable(plan.config["plan"])
     if not plan.is_measured:
         raise MeritError(f"{plan.folder}: the plan's conflict matrix is missing. Restore data/conflict.parquet.")
-    return _Projection(plan, config, folder, branches, progress).make(output)
+    return _Projection(plan, config, folder, branches or BRANCHES[0], progress).make(output)
 
 
 def _check_projectable(section: dict[str, Any]) -> None:

@@ -21,14 +21,17 @@ _TEMPLATE = "chat_template_path"
 def read_extension(path: str | Path, plan: PartitionPlan) -> list[dict[str, Any]]:
     """The dataset entries of a YAML file, local paths made absolute.
 
-    The file may be a whole CONFIG; what it says of base, read-out and training must then be what the plan says.
+    What the file says of base, read-out and training must be what the plan says.
 
     Raises:
-        ConfigError: no datasets, an unknown key, or a setting that is not the plan's.
+        ConfigError: no datasets, an unknown key, a section of merging or running, or a setting that is not the plan's.
     """
     path = Path(path)
     content = read_mapping(path, "It needs `datasets:`.")
     root = path.resolve().parent
+    for section in ("merge", "run", "hub"):
+        if section in content:
+            raise ConfigError(f"{path}: `{section}:` is the plan's own, and no extension changes it. Leave it out.")
     unknown = sorted(map(str, content.keys() - set(_SECTIONS)))
     if unknown:
         raise ConfigError(f"{path}: unknown key `{unknown[0]}`. An extension has `datasets:` as a CONFIG has.")

@@ -4,7 +4,7 @@
     accelerate launch -m merit_hf.planner mixture.yaml --output runs/mixture/plan
 
 Work in progress lies in `OUTPUT.part`; running the same thing again goes on with the datasets that are not done.
-Started by `accelerate launch` or `torchrun`, the processes share the datasets between them.
+Started by `accelerate launch` or `torchrun`, the processes of one machine share the datasets between them.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ _MEASURED = (
     "sketch_by_layer", "min_reliability", "max_num_samples",
     "optimizer_state", "precondition_batches", "split_oversized",
 )  # fmt: skip
+# What of `plan` names a file or folder.
+_FILES = {"affinity", "embedding_model"}
 _GIVEN_COUNT = ("joint", "by_tag")
 
 
@@ -48,7 +50,8 @@ def repartition(
         split (`str`, *optional*): as `plan.split`. Default: the plan's own.
         seed (`int`, *optional*): as `plan.split_seed`: of random and k-means; samples and sketches keep theirs.
         num_groups (`int`, *optional*): K. Default: the plan's own.
-        overrides: `plan.KEY=VALUE`, or `datasets.NAME.tag=VALUE` for a split by tag.
+        overrides: `plan.KEY=VALUE`, or `datasets.NAME.tag=VALUE` for a split by tag. Files are of the current folder,
+            or else of CONFIG's.
 
     Returns:
         A plan with its read-outs, as loaded from `output`. One of the same inputs that is there is returned as it is.
@@ -135,6 +138,11 @@ def _config(
     _change_section(content["plan"], split, seed, num_groups, overrides)
     for override in overrides:
         apply_override(content, override)
+    # A file that is named on the command line is looked up from there, not beside the CONFIG of the plan.
+    for key in {override.partition("=")[0].removeprefix("plan.") for override in overrides} & _FILES:
+        path = Path(str(content["plan"][key])).expanduser()
+        if path.exists():
+            content["plan"][key] = str(path.resolve())
     return MeritConfig.from_dict(content, source="merit split", root=root)
 
 

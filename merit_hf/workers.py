@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from merit_hf.config import MeritError
+from merit_hf.config import ConfigError, MeritError
 
 _Item = TypeVar("_Item")
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -50,13 +50,25 @@ class Worker:
 
     @classmethod
     def from_environment(cls) -> Worker:
-        """Read and leave the distributed world. Call before anything asks accelerate for its state."""
+        """Read and leave the distributed world. Call before anything asks accelerate for its state.
+
+        Raises:
+            ConfigError: the processes run on several machines, and do not shard a model between them.
+        """
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return cls()
         rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
         run = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
         shards = any(os.environ.get(name) == "true" for name in _SHARDING)
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        machines = max(machines, -(-world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
+        if machines > 1 and not shards:
+            # A claim counts while its process runs, which only its own machine can see.
+            raise ConfigError(
+                f"planning spreads datasets over the processes of one machine, found {machines} machines. Launch it "
+                "on one."
+            )
         # The planner shards the model by itself, so a Trainer must not want to do it once more.
         # torchrun's own variables are how processes that stay together find each other.
         left = _SETTINGS if shards else (*_SETTINGS, *_DISTRIBUTED, "TORCHELASTIC_")

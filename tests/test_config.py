@@ -62,6 +62,9 @@ PLAIN_ERRORS: dict[str, tuple[Any, list[str]]] = {
         ["datasets.0", "'oops'", "str"],
     ),
     "dataset without path": (changed(datasets=[{"name": "math"}]), ["datasets.math.path", "missing"]),
+    "a required key misspelt": (
+        changed(datasets=[{"name": "math", "pth": "x"}]), ["unknown key `datasets.math.pth`", "Did you mean `path`?"],
+    ),
     "no datasets": (changed(datasets=[]), ["datasets", "[]", "at least 1"]),
     "no base": ({"datasets": DATASETS}, ["`base`", "missing"]),
     "root is not a key": (changed(root="elsewhere"), ["`root`"]),

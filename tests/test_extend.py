@@ -178,6 +178,7 @@ def test_a_killed_extension_goes_on_with_what_is_measured(
         ({"base": {"model_name_or_path": "other"}}, r"base.model_name_or_path=other: another base"),
         ({"sft": {"chat_template_path": "other.jinja"}}, r"sft.chat_template_path=other.jinja: another chat template"),
         ({"typo": 1}, r"unknown key `typo`"),
+        ({"merge": {"weights": "uniform"}}, r"`merge:` is the plan's own .* Leave it out"),
         ({"datasets": []}, r"must list at least one dataset"),
     ],
 )
@@ -204,8 +205,13 @@ def test_a_taken_name_another_base_and_a_plan_without_gradients_are_refused(
     drawn = planned(mixture, tmp_path / "random", "plan.split=random")
     with pytest.raises(ConfigError, match=r"plan.split=random stores no gradients"):
         extend_plan(drawn, read_extension(entries("upper"), plan), tmp_path / "out", progress=QUIET)
-    with pytest.raises(ConfigError, match="mode 'other'"):
-        extend_plan(plan, [], tmp_path / "out", mode="other")
+    for given, said in (
+        ({"mode": "refti"}, r"^--mode refti: is not one of project, refit. Did you mean `refit`\?$"),
+        ({"branches": "groups"}, r"^--branches groups: is not one of dataset, group"),
+        ({"mode": "refit", "branches": "group"}, "--branches is for --mode project"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            extend_plan(plan, [], tmp_path / "out", **given)
 
 
 @pytest.mark.slow

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jobs
 import pytest
@@ -17,7 +19,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from safetensors.torch import load_file
 from tiny import make_mixture
 
-from merit_hf.config import MeritError
+from merit_hf.config import ConfigError, MeritError
 from merit_hf.manifest import read_manifest
 from merit_hf.plan import PartitionPlan
 from merit_hf.progress import Progress
@@ -167,6 +169,16 @@ def test_a_worker_claims_what_no_other_of_its_launch_has(tmp_path: Path) -> None
     (tmp_path / "claims-a" / "x").write_text(str(gone.pid))
     assert [first.claim(tmp_path, "x"), second.claim(tmp_path, "x")] == [True, False]
     assert not first.claim(tmp_path / "gone", "x"), "who comes when all is done claims nothing"
+
+
+def test_workers_on_several_machines_are_refused_but_where_they_share_a_model() -> None:
+    two = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+    for given in (two, {**two, "GROUP_WORLD_SIZE": "1"}, {**two, "LOCAL_WORLD_SIZE": "4"}):
+        with mock.patch.dict(os.environ, given):
+            with pytest.raises(ConfigError, match=r"of one machine, found 2 machines. Launch it on one"):
+                Worker.from_environment()
+            os.environ["ACCELERATE_USE_FSDP"] = "true"
+            assert Worker.from_environment().shards
 
 
 def test_a_worker_gives_up_when_nothing_moves() -> None:

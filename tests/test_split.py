@@ -125,6 +125,16 @@ def test_what_a_split_refuses(planned: Callable[..., PartitionPlan], mixture: Pa
     assert not output.exists()
 
 
+def test_a_file_on_the_command_line_is_looked_up_from_there(
+    planned: Callable[..., PartitionPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = planned()
+    np.savez(tmp_path / "mine.npz", names=source.names, matrix=np.eye(len(source.names)))
+    monkeypatch.chdir(tmp_path)
+    plan = repartition(source, tmp_path / "out", "affinity", overrides=["plan.affinity=mine.npz"], progress=QUIET)
+    assert plan.local["plan"]["affinity"] == str(tmp_path / "mine.npz")
+
+
 def test_data_that_has_changed_is_not_split(
     planned: Callable[..., PartitionPlan], mixture: Path, tmp_path: Path
 ) -> None:

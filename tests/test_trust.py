@@ -133,6 +133,14 @@ def test_the_last_sentence_of_the_summary_says_it_in_words(case: str) -> None:
     assert "shuffles" not in card
 
 
+def test_one_example_a_dataset_says_nothing_of_noise() -> None:
+    plan = card_plan(["alpha", "beta", "gamma", "delta"])
+    plan.trust, cure = {}, "no halves to compare, so nothing is known of its noise: plan again with a larger"
+    assert cure not in verdict_sentence(plan)
+    plan.datasets = [replace(dataset, num_sampled=1) for dataset in plan.datasets]
+    assert cure in verdict_sentence(plan)
+
+
 def test_the_sentences_before_it() -> None:
     plan = card_plan(["alpha", "be|ta", "gamma", "delta"])
     plan.trust = TOLD["follow"] | {"debias": {"uncorrected": ["be|ta"], "clipped_pairs": 3}}

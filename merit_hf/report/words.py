@@ -33,6 +33,11 @@ def verdict_sentence(plan: PartitionPlan) -> str:
         first = f"The cosines have structure that shuffles of them do not reach (p = {p_value:.3f})."
     else:
         first = "Fewer than four datasets: too few to tell structure from noise."
+    if plan.datasets[0].gradient_norm is not None and all(dataset.num_sampled == 1 for dataset in plan.datasets):
+        first += (
+            " One example a dataset has no halves to compare, so nothing is known of its noise: plan again with a "
+            "larger plan.num_samples."
+        )
     if angles is None:
         return first + " A stride read-out has no bound on its axes."
     return first + f" The read-out's error turns axis 1 by at most sin(angle) = {angles[0]:.2f}."
