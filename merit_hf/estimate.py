@@ -19,8 +19,11 @@ from merit_hf.gradients import GradientSettings, batch_by_tokens, sample_indices
 from merit_hf.groups import GRADIENT_SPLITS
 from merit_hf.hub import resolve_model
 from merit_hf.loss import loss_sum
-from merit_hf.memory import estimate_memory
+from merit_hf.measure import plan_sketch
+from merit_hf.memory import MemoryEstimate, estimate_memory, fitting_settings
 from merit_hf.mixture import read_mixture
+from merit_hf.planner import check_group_count
+from merit_hf.precondition import state_file
 from merit_hf.progress import Progress
 from merit_hf.reading import approximate_rows
 from merit_hf.seeds import seed_of
@@ -35,7 +38,7 @@ from merit_hf.sft import (
     take_chat_template,
     tokenize_rows,
 )
-from merit_hf.sketch import make_sketch
+from merit_hf.split_inputs import given_affinity
 from merit_hf.streams import RowCount
 from merit_hf.vision import takes_images
 
@@ -52,9 +55,12 @@ class Estimate:
         num_datasets, num_examples, num_input_tokens: of the mixture; tokens from up to 64 rows a dataset.
         token_error: standard error of `num_input_tokens`, from the spread of the sampled rows' lengths.
         streamed: rows of the datasets that are streamed without `num_examples`, held-out ones among them.
+        skipped: datasets left out, with the reason, as far as the sampled rows tell.
         gradient_tokens: of the samples behind the gradients, `precondition` included; 0 where the split needs none.
         tokens_per_second: of forward and backward here, over `probe_tokens`. device: on what.
-        parameter_bytes, gradient_bytes, activation_bytes: while planning, for micro-batches of `tokens_per_batch`.
+        parameter_bytes, gradient_bytes, activation_bytes: while planning, for micro-batches of `tokens_per_batch`, or
+            of the longest sampled row.
+        remedy: what the planner would say of them where all tokens bear a loss; empty where they fit.
         plan_bytes, checkpoint_bytes: on disk: the read-outs while planning, and all group checkpoints.
         group_tokens: of each group's training. group_flop: each group's floating point operations.
     """
@@ -66,6 +72,7 @@ class Estimate:
     num_input_tokens: int
     token_error: float
     streamed: dict[str, RowCount]
+    skipped: dict[str, str]
     gradient_tokens: int
     tokens_per_second: float
     probe_tokens: int
@@ -73,6 +80,7 @@ class Estimate:
     parameter_bytes: int
     gradient_bytes: int
     activation_bytes: int
+    remedy: str
     plan_bytes: int
     checkpoint_bytes: int
     group_tokens: list[int]
@@ -97,13 +105,20 @@ def estimate_plan(config: MeritConfig, progress: Progress | None = None) -> Esti
     folder, _, _ = resolve_model(section.model_name_or_path, section.revision, config.root, "base.model_name_or_path")
     endless = [spec for spec in config.datasets if spec.streaming and spec.num_examples is None]
     specs = [_sampled(spec) if spec in endless else spec for spec in config.datasets]
-    loaded, _ = read_mixture(specs, config.root, args, progress, lambda: takes_images(folder))
+    loaded, skipped = read_mixture(specs, config.root, args, progress, lambda: takes_images(folder))
+    check_group_count(config, len(loaded), skipped)
+    # What the planner refuses is not called possible.
+    given_affinity(config, [dataset.name for dataset in loaded])
+    if config.plan.optimizer_state is not None:
+        state_file(config.root / config.plan.optimizer_state)
     streamed = {spec.name: _counted(spec, config.root) for spec in endless}
     trained = {spec.name: round(streamed[spec.name].number * (1 - _held_out_share(spec))) for spec in endless}
     sizes = [trained.get(dataset.name, len(dataset.train)) for dataset in loaded]
     tokenizer = load_tokenizer(folder, chat_template, any(dataset.images for dataset in loaded))
     model = load_model(folder, args, config.peft, config.base.freeze)
-    samples, tokens, sampled, square = [], [], [], 0.0
+    sizes_of = [(name, parameter.numel()) for name, parameter in trained_parameters(model)]
+    sketch_dim = plan_sketch(config.plan, sizes_of).dim if config.plan.split in GRADIENT_SPLITS else 0
+    samples, passed, tokens, sampled, square, longest = [], [], [], [], 0.0, 0
     largest = config.plan.max_num_samples if config.plan.num_samples == "auto" else config.plan.num_samples
     with progress.stage("Tokenising a sample", total=len(loaded)) as stage:
         for dataset, size in zip(loaded, sizes, strict=True):
@@ -111,20 +126,29 @@ def estimate_plan(config: MeritConfig, progress: Progress | None = None) -> Esti
             chosen = sample_indices(len(dataset.train), _NUM_ROWS, seed_of("estimate", dataset.name))
             rows = tokenize_rows(model, tokenizer, args, dataset.train.select(chosen)).rows
             # Rows that SFT drops have no tokens.
-            lengths = np.zeros(len(chosen))
-            lengths[: len(rows)] = count_tokens(rows).input_tokens
+            lengths, counts = np.zeros(len(chosen)), count_tokens(rows)
+            lengths[: len(rows)] = counts.input_tokens
             mean = float(lengths.mean())
+            stage.advance()
+            if size == len(chosen) and not counts.num_loss_tokens:
+                skipped[dataset.name] = f"none of its {size} examples has a loss token"
+                continue
             samples.append(rows)
+            passed.append(round(size * weight))
+            longest = max(longest, int(lengths.max()))
             tokens.append(mean * size * weight)
             sampled.append(mean * min(largest, size))
             if size > len(lengths) > 1:
                 square += (size * weight * float(lengths.std(ddof=1))) ** 2 / len(lengths)
-            stage.advance()
+    check_group_count(config, len(samples), skipped)
+    memory, remedy = _memory(config, args, model, longest)
     fullest = max(range(len(samples)), key=lambda number: tokens[number])
     with open_loss(model, tokenizer, args, samples[fullest]) as trainer:
         probed, seconds = _probe(trainer, samples[fullest], config.plan.tokens_per_batch)
-    passed = [round(size * dataset.weight) for dataset, size in zip(loaded, sizes, strict=True)]
-    return _estimate(config, args, model, passed, tokens, square**0.5, streamed, sum(sampled), probed, seconds)
+    return _estimate(
+        config, args, model, passed, tokens, square**0.5, streamed, skipped, sum(sampled), sketch_dim, memory, remedy,
+        probed, seconds,
+    )  # fmt: skip
 
 
 def _sampled(spec: DatasetSection) -> DatasetSection:
@@ -175,6 +199,20 @@ def _probe(trainer: SFTTrainer, rows: datasets.Dataset, tokens_per_batch: int) -
     return done, seconds
 
 
+def _memory(config: MeritConfig, args: SFTConfig, model: PreTrainedModel, longest: int) -> tuple[MemoryEstimate, str]:
+    """What the largest micro-batch takes beside the weights; and where it may not fit, what the planner says then."""
+    section, remedy = config.plan, ""
+    settings = GradientSettings(section.tokens_per_batch, section.low_memory or False, section.gradient_checkpointing)
+    # A row longer than the budget is a batch of its own, and at most all tokens of a batch bear a loss.
+    tokens = max(settings.tokens_per_batch, longest)
+    autocast = 2 if args.bf16 or args.fp16 else None
+    try:
+        settings = fitting_settings(model, [(tokens, tokens)], settings, section.low_memory, activation_width=autocast)
+    except ConfigError as error:
+        remedy = str(error)
+    return estimate_memory(model, tokens, tokens, settings, activation_width=autocast), remedy
+
+
 def _estimate(
     config: MeritConfig,
     args: SFTConfig,
@@ -183,19 +221,16 @@ def _estimate(
     tokens: Sequence[float],
     token_error: float,
     streamed: dict[str, RowCount],
+    skipped: dict[str, str],
     sampled: float,
+    sketch_dim: int,
+    memory: MemoryEstimate,
+    remedy: str,
     probed: int,
     seconds: float,
 ) -> Estimate:
     parameters = list(model.parameters())
     trained = trained_parameters(model)
-    settings = GradientSettings(
-        config.plan.tokens_per_batch, config.plan.low_memory or False, config.plan.gradient_checkpointing
-    )
-    # At most all tokens of a batch bear a loss.
-    autocast = 2 if args.bf16 or args.fp16 else None
-    batch_tokens = settings.tokens_per_batch
-    memory = estimate_memory(model, batch_tokens, batch_tokens, settings, activation_width=autocast)
     total, num_trained = sum(p.numel() for p in parameters), sum(p.numel() for _, p in trained)
     needs_gradients = config.plan.split in GRADIENT_SPLITS
     batch = int(identity_fields(args)["effective_batch_size"])
@@ -205,10 +240,6 @@ def _estimate(
     passes = args.max_steps * batch / sum(examples) if args.max_steps > 0 else args.num_train_epochs
     shares = np.array(config.plan.group_shares or [1.0] * config.num_groups)
     group_tokens = (shares / shares.sum() * sum(tokens) * passes).round().astype(np.int64).tolist()
-    sketch = make_sketch(
-        config.plan.sketch, [(name, p.numel()) for name, p in trained], config.plan.sketch_dim, config.plan.stride,
-        config.plan.seed,
-    )  # fmt: skip
     # A group checkpoint is saved in the width that it is trained in.
     saved = sum(p.numel() * p.element_size() for p in (dict(trained).values() if config.peft else parameters))
     return Estimate(
@@ -219,6 +250,7 @@ def _estimate(
         num_input_tokens=round(sum(tokens)),
         token_error=token_error,
         streamed=streamed,
+        skipped=skipped,
         gradient_tokens=round(sampled) if needs_gradients else 0,
         tokens_per_second=probed / seconds,
         probe_tokens=probed,
@@ -226,7 +258,8 @@ def _estimate(
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
         gradient_bytes=memory.gradients,
         activation_bytes=memory.activations + memory.logits,
-        plan_bytes=2 * 2 * 4 * len(examples) * sketch.dim if needs_gradients else 0,
+        remedy=remedy if needs_gradients else "",
+        plan_bytes=2 * 2 * 4 * len(examples) * sketch_dim,
         checkpoint_bytes=config.num_groups * saved,
         group_tokens=group_tokens,
         # Forward and the backward through activations take 2 operations a parameter and token each, the weights'
@@ -250,6 +283,7 @@ def estimate_lines(estimate: Estimate, teraflops: float) -> list[str]:
             f"datasets.{name}.num_examples to what is to be trained on."
             for name, count in e.streamed.items()
         ),
+        *(f"Left out: {name} ({reason})." for name, reason in sorted(e.skipped.items())),
         f"Model: {e.num_parameters:,} parameters, {e.num_trained:,} of them trained.",
     ]
     if e.gradient_tokens:
@@ -262,6 +296,8 @@ def estimate_lines(estimate: Estimate, teraflops: float) -> list[str]:
             f"(parameters {_size(e.parameter_bytes)}, gradients {_size(e.gradient_bytes)}, activations by rule of "
             f"thumb {_size(e.activation_bytes)})."
         )
+        if e.remedy:
+            lines.append(f"This may not fit here: {e.remedy}")
     else:
         lines.append("Gradients: none, this split needs none.")
     lines.append(

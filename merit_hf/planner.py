@@ -135,7 +135,7 @@ class MeritPlanner:
             # A field that is not supported is told before anything is read.
             lora_config(self.config.peft)
         loaded, skipped = self._read(args)
-        self._check_group_count(len(loaded), skipped)
+        check_group_count(self.config, len(loaded), skipped)
         # A matrix that does not fit is told before any model is loaded.
         given_affinity(self.config, [dataset.name for dataset in loaded])
         folder, base, tokenizer = self._resolve_base(chat_template, any(dataset.images for dataset in loaded))
@@ -155,7 +155,7 @@ class MeritPlanner:
             # Before a Trainer would put the whole of it on one device.
             shard_model(model)
         prepared, dropped = prepare_mixture(loaded, model, tokenizer, args, self.progress)
-        self._check_group_count(len(prepared), skipped | dropped)
+        check_group_count(self.config, len(prepared), skipped | dropped)
         prepared = self._cut_oversized(prepared, model, tokenizer, args)
         readouts, seconds = self._measure(prepared, model, tokenizer, args, base, part / "gradients", output, peft)
         if not self.worker.is_main and not self.worker.shards:
@@ -214,14 +214,6 @@ class MeritPlanner:
         """With `plan.split_oversized`, parts in place of datasets that outweigh every group, in CONFIG too."""
         self.config, cut = cut_oversized(self.config, prepared, model, tokenizer, args, self.progress)
         return cut
-
-    def _check_group_count(self, num_datasets: int, left_out: dict[str, str]) -> None:
-        if self.config.num_groups > num_datasets:
-            reasons = "; ".join(f"`{name}`: {reason}" for name, reason in sorted(left_out.items()))
-            raise ConfigError(
-                f"{self.config.num_groups} groups, but only {num_datasets} datasets can be trained on ({reasons}). "
-                f"Set plan.num_groups to {num_datasets} or less."
-            )
 
     def _read(self, args: SFTConfig) -> tuple[list[LoadedDataset], dict[str, str]]:
         """The datasets; CONFIG then names the columns of images that were found, so that the plan does."""
@@ -302,6 +294,16 @@ class MeritPlanner:
             peft,
             self.config.root,
             base.get("freeze", ()),
+        )
+
+
+def check_group_count(config: MeritConfig, num_datasets: int, left_out: Mapping[str, str]) -> None:
+    """Raises ConfigError where there are more groups than datasets that can be trained on; says what is left out."""
+    if config.num_groups > num_datasets:
+        reasons = "; ".join(f"`{name}`: {reason}" for name, reason in sorted(left_out.items()))
+        raise ConfigError(
+            f"{config.num_groups} groups, but only {num_datasets} datasets can be trained on ({reasons}). "
+            f"Set plan.num_groups to {num_datasets} or less."
         )
 
 

@@ -117,11 +117,12 @@ def _add_squares(moments: dict[str, torch.Tensor], model: torch.nn.Module, scale
 
 def state_sha256(path: Path) -> str:
     """sha256 of the optimizer's file. Raises ConfigError where there is none."""
-    with open(_state_file(path), "rb") as file:
+    with open(state_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _state_file(path: Path) -> Path:
+def state_file(path: Path) -> Path:
+    """The optimizer's file of a Trainer checkpoint, or `path` itself. Raises ConfigError where there is none."""
     file = path / _STATE_NAME if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(
@@ -139,7 +140,7 @@ def state_moments(path: Path, trainer: SFTTrainer) -> dict[str, torch.Tensor]:
     Raises:
         ConfigError: no such file, no Adam state, or one of other parameters.
     """
-    where, file = f"plan.optimizer_state={str(path)!r}", _state_file(path)
+    where, file = f"plan.optimizer_state={str(path)!r}", state_file(path)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         groups, entries = state["param_groups"], state["state"]

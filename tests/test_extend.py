@@ -178,7 +178,7 @@ def test_a_killed_extension_goes_on_with_what_is_measured(
         ({"base": {"model_name_or_path": "other"}}, r"base.model_name_or_path=other: another base"),
         ({"sft": {"chat_template_path": "other.jinja"}}, r"sft.chat_template_path=other.jinja: another chat template"),
         ({"typo": 1}, r"unknown key `typo`"),
-        ({"merge": {"weights": "uniform"}}, r"`merge:` is the plan's own .* Leave it out"),
+        ({"merge": {"weights": "uniform"}}, r"`merge:` is the plan's own.* Leave it out"),
         ({"datasets": []}, r"must list at least one dataset"),
     ],
 )

@@ -21,6 +21,7 @@ from trl import SFTConfig
 
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.conflict import conflict_matrix
+from merit_hf.estimate import estimate_lines, estimate_plan
 from merit_hf.plan import LOCAL_NAME, PLAN_NAME, PartitionPlan, group_identity
 from merit_hf.planner import MeritPlanner
 from merit_hf.progress import Progress
@@ -429,6 +430,11 @@ def test_what_cannot_be_trained_on_is_left_out_and_recorded(mixture: Path, tmp_p
     assert "loss token" in made.skipped["long"]
     with pytest.raises(ConfigError, match=r"3 groups, but only 2 datasets.*`empty`"):
         make_plan(config, tmp_path / "other", "plan.num_groups=3")
+    dry = estimate_plan(MeritConfig.from_yaml(config), QUIET)
+    assert (dry.skipped, dry.num_datasets) == (made.skipped, 2)
+    assert any(line.startswith("Left out: empty (it has no rows") for line in estimate_lines(dry, 1.0))
+    with pytest.raises(ConfigError, match=r"3 groups, but only 2 datasets.*`empty`"):
+        estimate_plan(MeritConfig.from_yaml(config, ["plan.num_groups=3"]), QUIET)
 
 
 def test_a_missing_column_is_found_before_the_base_is_touched(tmp_path: Path) -> None:

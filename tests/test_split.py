@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from merit_hf.cli import app
 from merit_hf.config import ConfigError, MeritConfig, MeritError
 from merit_hf.data import hold_out, load_rows
-from merit_hf.estimate import estimate_plan
+from merit_hf.estimate import Estimate, estimate_lines, estimate_plan
 from merit_hf.mixture import plan_specs
 from merit_hf.pipeline import joint_config
 from merit_hf.plan import PartitionPlan
@@ -399,3 +399,21 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     missing = CliRunner().invoke(app, ["plan", str(mixture)])
     assert missing.exit_code == 2
     assert "--output is missing" in missing.output
+
+
+def test_a_dry_run_counts_long_rows_and_does_not_call_possible_what_the_plan_refuses(mixture: Path) -> None:
+    def dry(*overrides: str) -> Estimate:
+        return estimate_plan(MeritConfig.from_yaml(mixture, overrides), QUIET)
+
+    single, huge = dry("plan.tokens_per_batch=1"), dry("plan.tokens_per_batch=1000000000")
+    longest = single.activation_bytes * 1e9 / huge.activation_bytes
+    assert single.num_input_tokens / single.num_examples < longest <= 64, "a row is a batch at least"
+    assert not single.remedy
+    assert "lower plan.tokens_per_batch (now 1000000000)" in huge.remedy
+    assert f"This may not fit here: {huge.remedy}" in estimate_lines(huge, 1.0)
+    for overrides, said in (
+        (("plan.split=affinity", "plan.affinity=none.csv"), "none.csv': no such file"),
+        (("plan.precondition=adam", "plan.optimizer_state=none"), "no optimizer.pt there"),
+        (("plan.sketch_by_layer=true", "plan.sketch_dim=16"), "plan.sketch_dim=16: 16 numbers are too few"),
+    ):
+        assert said in refusal(lambda overrides=overrides: dry(*overrides))
