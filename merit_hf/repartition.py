@@ -50,8 +50,7 @@ def repartition(
         split (`str`, *optional*): as `plan.split`. Default: the plan's own.
         seed (`int`, *optional*): as `plan.split_seed`: of random and k-means; samples and sketches keep theirs.
         num_groups (`int`, *optional*): K. Default: the plan's own.
-        overrides: `plan.KEY=VALUE`, or `datasets.NAME.tag=VALUE` for a split by tag. Files are of the current folder,
-            or else of CONFIG's.
+        overrides: `plan.KEY=VALUE`, or `datasets.NAME.tag=VALUE` for a split by tag. Paths are of the current folder.
 
     Returns:
         A plan with its read-outs, as loaded from `output`. One of the same inputs that is there is returned as it is.
@@ -140,9 +139,10 @@ def _config(
         apply_override(content, override)
     # A file that is named on the command line is looked up from there, not beside the CONFIG of the plan.
     for key in {override.partition("=")[0].removeprefix("plan.") for override in overrides} & _FILES:
-        path = Path(str(content["plan"][key])).expanduser()
-        if path.exists():
-            content["plan"][key] = str(path.resolve())
+        value = content["plan"][key]
+        # A model may be one of the Hub.
+        if isinstance(value, str) and (key == "affinity" or Path(value).expanduser().exists()):
+            content["plan"][key] = str(Path(value).expanduser().resolve())
     return MeritConfig.from_dict(content, source="merit split", root=root)
 
 
