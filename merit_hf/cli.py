@@ -23,6 +23,7 @@ from merit_hf.cli_options import (
     quiet,
     report_merge,
     say,
+    without_jobs,
 )
 from merit_hf.config import ConfigError, parse_value
 from merit_hf.entry import exit_on_error
@@ -90,6 +91,7 @@ def merge(
         Optional[list[str]],
         typer.Argument(
             metavar="[CHECKPOINT]...",
+            callback=without_jobs,
             help="Folders of group checkpoints, or Hub ids. Default: those accepted in the plan's Hub repo.",
         ),
     ] = None,
@@ -254,7 +256,11 @@ def diagnose(
     output: Output,
     checkpoints: Annotated[
         Optional[list[str]],
-        typer.Argument(metavar="[CHECKPOINT]...", help="The groups' checkpoints; none: is the base ready?"),
+        typer.Argument(
+            metavar="[CHECKPOINT]...",
+            callback=without_jobs,
+            help="The groups' checkpoints; none: is the base ready?",
+        ),
     ] = None,
     merged: Annotated[Optional[str], typer.Option(help="The merged model. Its weights are then used.")] = None,
     joint: Annotated[Optional[str], typer.Option(help="A model trained on everything, to compare with.")] = None,

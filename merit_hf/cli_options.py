@@ -9,6 +9,12 @@ import typer
 
 from merit_hf.config import ConfigError
 
+
+def without_jobs(given: Optional[list[str]]) -> Optional[list[str]]:
+    """Folders of checkpoints; `groups/*` names `merit train`'s records of its jobs, beside them, too."""
+    return given and [text for text in given if Path(text).name != "jobs" or (Path(text) / "merit.json").exists()]
+
+
 ConfigArgument = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="The YAML that names base, datasets and settings.")
 ]
@@ -21,7 +27,8 @@ Output = Annotated[
 ]
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="Folder of a plan, or Hub id org/name[@revision].")]
 Checkpoints = Annotated[
-    list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders of group checkpoints, or Hub ids.")
+    list[str],
+    typer.Argument(metavar="CHECKPOINT...", help="Folders of group checkpoints, or Hub ids.", callback=without_jobs),
 ]
 NumProcesses = Annotated[Optional[int], typer.Option(help="Train with this many processes through accelerate launch.")]
 AccelerateConfig = Annotated[
