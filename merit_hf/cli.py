@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -246,7 +247,8 @@ def evaluate(
         loaded = PartitionPlan.from_pretrained(plan)
         loaded.supply(dict(named_values(data, "--data")))
         evaluate_side_by_side(
-            loaded, models, checkpoint_folder, output, say, num_samples=num_samples, generate=generate,
+            loaded, models, partial(checkpoint_folder, where="MODEL"), output, say,
+            num_samples=num_samples, generate=generate,
             max_new_tokens=max_new_tokens, metrics=metric or (), tokens_per_batch=tokens_per_batch,
             benchmarks=benchmarks, card=card,
         )  # fmt: skip
@@ -286,7 +288,8 @@ def diagnose(
         loaded.supply(dict(named_values(data, "--data")))
         content = diagnose(
             loaded, [checkpoint_folder(text) for text in checkpoints or ()], output,
-            merged=checkpoint_folder(merged) if merged else None, joint=checkpoint_folder(joint) if joint else None,
+            merged=checkpoint_folder(merged, "--merged") if merged else None,
+            joint=checkpoint_folder(joint, "--joint") if joint else None,
             num_samples=num_samples, epsilons=epsilon or (0.25, 0.5, 1.0), path_points=path_points,
             forward_only=forward_only,
         )  # fmt: skip

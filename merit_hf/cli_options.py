@@ -57,11 +57,11 @@ def named_values(texts: list[str] | None, option: str) -> dict[str, str]:
     return values
 
 
-def checkpoint_folder(text: str) -> Path:
+def checkpoint_folder(text: str, where: str = "CHECKPOINT") -> Path:
     from merit_hf.hub import resolve_model
 
     path, _, revision = text.partition("@")
-    return Path(text) if Path(text).is_dir() else resolve_model(path, revision or None, Path(), "CHECKPOINT")[0]
+    return Path(text) if Path(text).is_dir() else resolve_model(path, revision or None, Path(), where)[0]
 
 
 def say(*renderables: object) -> None:

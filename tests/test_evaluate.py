@@ -308,6 +308,7 @@ def test_a_model_that_is_not_there_is_told_before_anything_is_loaded(
         assert isinstance(done.exception, SystemExit)
         assert len(done.stderr.strip().splitlines()) == 1
         assert str(place) in done.stderr
+        assert "CHECKPOINT" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
