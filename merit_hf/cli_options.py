@@ -101,5 +101,5 @@ def report_merge(output: Path, plan: str, several: bool, soup: bool) -> None:
         say("The held-out rows chose these groups, so they no longer judge them fairly: evaluate on other rows too.")
     say(
         f"The merged model{'s are' if several else ' is'} in {names}. Next: merit evaluate {names} --plan {plan} "
-        f"--output {output if several else output.parent}"
+        f"--output {(output if several else output.parent) / 'evaluation'}"
     )
