@@ -204,7 +204,6 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     Raises:
         ConfigError: `output` exists already.
     """
-    output = Path(output)
     check_new_folder(output)
     part = output.with_name(output.name + ".part")
     if part.exists():
