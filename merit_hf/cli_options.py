@@ -64,11 +64,11 @@ def named_values(texts: list[str] | None, option: str) -> dict[str, str]:
     return values
 
 
-def checkpoint_folder(text: str) -> Path:
+def checkpoint_folder(text: str, where: str = "CHECKPOINT") -> Path:
     from merit_hf.hub import resolve_model
 
     path, _, revision = text.partition("@")
-    return Path(text) if Path(text).is_dir() else resolve_model(path, revision or None, Path(), "CHECKPOINT")[0]
+    return Path(text) if Path(text).is_dir() else resolve_model(path, revision or None, Path(), where)[0]
 
 
 def say(*renderables: object) -> None:
@@ -108,5 +108,5 @@ def report_merge(output: Path, plan: str, several: bool, soup: bool) -> None:
         say("The held-out rows chose these groups, so they no longer judge them fairly: evaluate on other rows too.")
     say(
         f"The merged model{'s are' if several else ' is'} in {names}. Next: merit evaluate {names} --plan {plan} "
-        f"--output {output if several else output.parent}"
+        f"--output {(output if several else output.parent) / 'evaluation'}"
     )
