@@ -30,7 +30,9 @@ Checkpoints = Annotated[
     list[str],
     typer.Argument(metavar="CHECKPOINT...", help="Folders of group checkpoints, or Hub ids.", callback=without_jobs),
 ]
-NumProcesses = Annotated[Optional[int], typer.Option(help="Train with this many processes through accelerate launch.")]
+NumProcesses = Annotated[
+    Optional[int], typer.Option(min=1, help="Train with this many processes through accelerate launch.")
+]
 AccelerateConfig = Annotated[
     Optional[Path], typer.Option(help="Config file for accelerate launch (FSDP, ZeRO, CPU, …).")
 ]
