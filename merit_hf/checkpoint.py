@@ -181,6 +181,20 @@ def repo_of_snapshot(folder: Path) -> tuple[str, str] | None:
     return (found[1].replace("--", "/"), found[2]) if found else None
 
 
+def check_output_folder(output: Path) -> None:
+    """Raises ConfigError where `output`, or what it would lie in, is a file."""
+    there = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there}: is a file, where a folder is needed. Choose another --output.")
+
+
+def check_new_folder(output: Path) -> None:
+    """Raises ConfigError where a folder cannot be made, or holds something."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ConfigError(f"{output}: exists already and is not overwritten. Remove it, or choose another output.")
+    check_output_folder(output)
+
+
 @contextlib.contextmanager
 def atomic_folder(output: Path) -> Iterator[Path]:
     """Yields `output.part`; it becomes `output`, flushed to disk, where the block ends well, else it is removed.
@@ -190,9 +204,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     Raises:
         ConfigError: `output` exists already.
     """
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ConfigError(f"{output}: exists already and is not overwritten. Remove it, or choose another output.")
+    check_new_folder(output)
     part = output.with_name(output.name + ".part")
     if part.exists():
         shutil.rmtree(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -23,6 +24,7 @@ from merit_hf.cli_options import (
     quiet,
     report_merge,
     say,
+    without_jobs,
 )
 from merit_hf.config import ConfigError, parse_value
 from merit_hf.entry import exit_on_error
@@ -90,6 +92,7 @@ def merge(
         Optional[list[str]],
         typer.Argument(
             metavar="[CHECKPOINT]...",
+            callback=without_jobs,
             help="Folders of group checkpoints, or Hub ids. Default: those accepted in the plan's Hub repo.",
         ),
     ] = None,
@@ -149,16 +152,20 @@ def merge(
                 "--with-merged takes one --weights and no --soup: the merged model's groups cannot be weighed anew."
             )
         loaded.supply(dict(named_values(data, "--data")))
-        chosen = checkpoints or accepted_checkpoints(loaded)
         section = loaded.config["merge"]
         weightings = weights or [loaded.local.get("merge_weights") or section["weights"]]
         form = adapters or section.get("adapters", "dense")
+        if svd_rank is not None and form != "svd":
+            raise ConfigError(
+                f"--svd-rank is for adapters svd, and they are {form}. Add --adapters svd, or leave it out."
+            )
         if soup and (len(weightings) > 1 or form != "dense"):
             raise ConfigError(
                 "--soup takes one --weights, and makes a dense model. Make a soup of each in its own call."
             )
         if soup and allow_partial:
             raise ConfigError("--soup chooses among finished groups. Leave --allow-partial out.")
+        chosen = checkpoints or accepted_checkpoints(loaded)
         from merit_hf.progress import Progress
 
         alpha = interpolate_to_init
@@ -242,7 +249,8 @@ def evaluate(
         loaded = PartitionPlan.from_pretrained(plan)
         loaded.supply(dict(named_values(data, "--data")))
         evaluate_side_by_side(
-            loaded, models, checkpoint_folder, output, say, num_samples=num_samples, generate=generate,
+            loaded, models, partial(checkpoint_folder, where="MODEL"), output, say,
+            num_samples=num_samples, generate=generate,
             max_new_tokens=max_new_tokens, metrics=metric or (), tokens_per_batch=tokens_per_batch,
             benchmarks=benchmarks, card=card,
         )  # fmt: skip
@@ -254,7 +262,11 @@ def diagnose(
     output: Output,
     checkpoints: Annotated[
         Optional[list[str]],
-        typer.Argument(metavar="[CHECKPOINT]...", help="The groups' checkpoints; none: is the base ready?"),
+        typer.Argument(
+            metavar="[CHECKPOINT]...",
+            callback=without_jobs,
+            help="The groups' checkpoints; none: is the base ready?",
+        ),
     ] = None,
     merged: Annotated[Optional[str], typer.Option(help="The merged model. Its weights are then used.")] = None,
     joint: Annotated[Optional[str], typer.Option(help="A model trained on everything, to compare with.")] = None,
@@ -262,7 +274,9 @@ def diagnose(
     epsilon: Annotated[
         Optional[list[float]], typer.Option(help="Step of the curvature; may be repeated. Default: 0.25, 0.5 and 1.")
     ] = None,
-    path_points: Annotated[int, typer.Option(min=1, help="Points inside every path between two models.")] = 1,
+    path_points: Annotated[
+        int, typer.Option(min=1, help="Points inside every path between two models; an odd number.")
+    ] = 1,
     forward_only: Annotated[
         bool, typer.Option("--forward-only", help="No gradients: half the memory, no curvature of single layers.")
     ] = False,
@@ -280,7 +294,8 @@ def diagnose(
         loaded.supply(dict(named_values(data, "--data")))
         content = diagnose(
             loaded, [checkpoint_folder(text) for text in checkpoints or ()], output,
-            merged=checkpoint_folder(merged) if merged else None, joint=checkpoint_folder(joint) if joint else None,
+            merged=checkpoint_folder(merged, "--merged") if merged else None,
+            joint=checkpoint_folder(joint, "--joint") if joint else None,
             num_samples=num_samples, epsilons=epsilon or (0.25, 0.5, 1.0), path_points=path_points,
             forward_only=forward_only,
         )  # fmt: skip

@@ -9,6 +9,12 @@ import typer
 
 from merit_hf.config import ConfigError
 
+
+def without_jobs(given: Optional[list[str]]) -> Optional[list[str]]:
+    """Folders of checkpoints; `groups/*` names `merit train`'s records of its jobs, beside them, too."""
+    return given and [text for text in given if Path(text).name != "jobs" or (Path(text) / "merit.json").exists()]
+
+
 ConfigArgument = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="The YAML that names base, datasets and settings.")
 ]
@@ -21,9 +27,12 @@ Output = Annotated[
 ]
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="Folder of a plan, or Hub id org/name[@revision].")]
 Checkpoints = Annotated[
-    list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders of group checkpoints, or Hub ids.")
+    list[str],
+    typer.Argument(metavar="CHECKPOINT...", help="Folders of group checkpoints, or Hub ids.", callback=without_jobs),
 ]
-NumProcesses = Annotated[Optional[int], typer.Option(help="Train with this many processes through accelerate launch.")]
+NumProcesses = Annotated[
+    Optional[int], typer.Option(min=1, help="Train with this many processes through accelerate launch.")
+]
 AccelerateConfig = Annotated[
     Optional[Path], typer.Option(help="Config file for accelerate launch (FSDP, ZeRO, CPU, …).")
 ]
@@ -57,11 +66,11 @@ def named_values(texts: list[str] | None, option: str) -> dict[str, str]:
     return values
 
 
-def checkpoint_folder(text: str) -> Path:
+def checkpoint_folder(text: str, where: str = "CHECKPOINT") -> Path:
     from merit_hf.hub import resolve_model
 
     path, _, revision = text.partition("@")
-    return Path(text) if Path(text).is_dir() else resolve_model(path, revision or None, Path(), "CHECKPOINT")[0]
+    return Path(text) if Path(text).is_dir() else resolve_model(path, revision or None, Path(), where)[0]
 
 
 def say(*renderables: object) -> None:
@@ -101,5 +110,5 @@ def report_merge(output: Path, plan: str, several: bool, soup: bool) -> None:
         say("The held-out rows chose these groups, so they no longer judge them fairly: evaluate on other rows too.")
     say(
         f"The merged model{'s are' if several else ' is'} in {names}. Next: merit evaluate {names} --plan {plan} "
-        f"--output {output if several else output.parent}"
+        f"--output {(output if several else output.parent) / 'evaluation'}"
     )

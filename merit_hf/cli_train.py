@@ -147,7 +147,8 @@ def train(
             return
         # Of HF Jobs the checkpoints are on the Hub.
         made = [str(job.details.get("repo_id", job.output)) for job in running] or [str(path) for path in outputs]
-        say(f"Trained: {' '.join(made)}. Next: merit {_next(loaded, plan, group, output, made)}")
+        said = _stopped(loaded, plan, numbers, outputs) or f"Next: merit {_next(loaded, plan, group, output, made)}"
+        say(f"Trained: {' '.join(made)}. {said}")
 
 
 def launcher_options(launcher: str, given: dict[str, Any]) -> Any:
@@ -172,6 +173,20 @@ def launcher_options(launcher: str, given: dict[str, Any]) -> Any:
     from merit_hf.launchers.local import LocalOptions
 
     return LocalOptions(**given)
+
+
+def _stopped(loaded: PartitionPlan, plan: str, numbers: list[int], outputs: list[Path]) -> str | None:
+    """What to do about groups that were stopped early; None where none was."""
+    from merit_hf.launchers.jobs import trained
+
+    ends = [trained(loaded.group(number).group_sha256, path) for number, path in zip(numbers, outputs, strict=True)]
+    early = [str(number) for number, end in zip(numbers, ends, strict=True) if end and end["status"] == "stopped"]
+    if not early:
+        return None
+    return (
+        f"Stopped before its planned steps: group {', '.join(early)}. Next: run it again without the stop to go on, "
+        f"or merit merge {plan} CHECKPOINT… --allow-partial once every group is there"
+    )
 
 
 def _next(loaded: PartitionPlan, plan: str, group: str, output: Path, made: list[str]) -> str:

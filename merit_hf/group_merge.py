@@ -18,7 +18,7 @@ import yaml
 from merit_hf.adapter_merge import merge_adapters_into
 from merit_hf.adapters import is_adapter
 from merit_hf.cards import merged_model_card
-from merit_hf.checkpoint import atomic_folder, weights_sha256
+from merit_hf.checkpoint import atomic_folder, check_new_folder, weights_sha256
 from merit_hf.choices import check_merge_method
 from merit_hf.config import ConfigError, MeritError
 from merit_hf.hub import resolve_model
@@ -91,6 +91,7 @@ def merge_groups(
     """
     check_merge_method(engine, method, parameters or {}, "merge", interpolate_to_init)
     _check_adapters(plan, engine, out_dtype, adapters, svd_rank)
+    check_new_folder(Path(output))
     before = None
     if with_merged is not None:
         _check_method_of_parts(method)

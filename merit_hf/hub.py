@@ -87,7 +87,9 @@ def pin_revision(repo_id: str, revision: str | None, repo_type: str, where: str)
     try:
         info = HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type)
     except HFValidationError as error:
-        raise ConfigError(f"{where}: `{repo_id}` is neither an existing path nor a Hub id: {error}") from error
+        raise ConfigError(
+            f"{where}: `{repo_id}` is no existing path, and no Hub id either (OWNER/NAME). Check the path."
+        ) from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403, 404):

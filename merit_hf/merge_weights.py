@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,9 @@ def _read_weights(path: Path) -> dict[str, Any]:
 def _number(value: Any, where: str) -> float:
     try:
         # Through text, since YAML 1.1 takes 1e-5 for text and `true` must not pass as 1.
-        return float(str(value))
+        weight = float(str(value))
     except ValueError:
         raise ConfigError(f"{where}: weight {value!r} is not a number.") from None
+    if not (math.isfinite(weight) and weight > 0):
+        raise ConfigError(f"{where}: weight {weight}: expected a positive, finite number. Or exclude the group.")
+    return weight

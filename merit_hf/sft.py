@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.integrations import integration_utils
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
@@ -75,6 +76,17 @@ def build_args(sft: Mapping[str, Any], output_dir: str | Path | None = None, **o
             "sft.packing=true, or sft.max_length=null."
         )
     return args
+
+
+def check_reporting(args: TrainingArguments) -> None:
+    """Raises ConfigError where `report_to` names what transformers does not know, or what is not installed."""
+    available = integration_utils.get_available_reporting_integrations()
+    for name in cast(list[str], args.report_to):
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
+            raise ConfigError(f"sft.report_to={name}: transformers knows {known}.")
+        if name not in available:
+            raise ConfigError(f"sft.report_to={name}: it is not installed here. Install {name}, or leave it out.")
 
 
 def identity_fields(args: TrainingArguments, num_processes: int = 1) -> dict[str, Any]:
@@ -243,6 +255,9 @@ def open_trainer(
     if not kwargs.get("eval_dataset"):
         # Only a group's training evaluates.
         replaced |= {"eval_strategy": IntervalStrategy.NO, "eval_on_start": False}
+    if "callbacks" not in kwargs:
+        # Nothing to report of a Trainer that does not train.
+        replaced["report_to"] = []
     try:
         with _replaced(args, **replaced):
             trainer = SFTTrainer(model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)

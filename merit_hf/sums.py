@@ -18,8 +18,8 @@ bfloat16 and 2 K u Σ |w_k x_k| of it.
 
 **Distances** are sums of squares of differences that are rounded to float32 once (relative error u), added up in
 float32 over rows of 512 and from there in float64: 6 digits and more, and 5 of the distance of what is written to the
-mean. Where float32 has not the range, or what is summed cancels, all is done again in float64; so it is where
-elements are few.
+mean. Where float32 has not the range, or moves cancel so far that weights cut short to float32 would tell in the sixth
+digit, all is done again in float64; so it is where elements are few.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ _ROW = 512  # elements whose squares are added up in float32
 _SMALL = 1 << 12
 _MAX_FLOAT32_TERMS = 64
 _HIGH = 0xFFFF0000
-# Sums of squares that underflow has not touched, and how much of the terms of a sum may cancel.
-_LEAST, _CANCELLED = 2.0**-100, 64.0
+_LEAST = 2.0**-100  # sums of squares that underflow has not touched
 
 
 class Sums:
@@ -132,10 +131,14 @@ class Sums:
         return squares if self._sharp(squares) else None
 
     def _sharp(self, squares: Sequence[float]) -> bool:
-        """Whether float32 leaves the distance of what is written to the mean its 5 digits: it cuts weights short and
-        rounds what they move, and either may be the same everywhere, where all moves are of one size."""
+        """Whether float32 leaves the distance of what is written to the mean its 5 digits."""
         _, error, *moved = squares
-        return bool(np.sqrt(moved) @ (self._cut + 2.0**-24 * np.abs(self._fractions)) <= 4e-6 * error**0.5)
+        return self._blur(moved) <= 4e-6 * error**0.5
+
+    def _blur(self, moved: Sequence[float]) -> float:
+        """How far θ̄ − θ0 may be off in float32: it cuts weights short and rounds what they move, and either may be
+        the same everywhere, where all moves are of one size."""
+        return float(np.sqrt(moved) @ (self._cut + 2.0**-24 * np.abs(self._fractions)))
 
     def _near_a_middle(self, bits: Bits, spare: Bits) -> NDArray[np.intp]:
         """Where the sum in float32 is so near to the middle of two bfloat16 that its error may decide."""
@@ -191,10 +194,10 @@ class Sums:
         for square, part in zip(moved, parts, strict=True):
             if not _LEAST < square < np.inf and (square or not np.array_equal(origin, part)):
                 return False
-        terms = sum(abs(w) * square**0.5 for w, square in zip(self._fractions, moved, strict=True))
-        if result is None and terms > _CANCELLED * shift**0.5:
+        blur = self._blur(moved)
+        if result is None and blur > 1e-6 * shift**0.5:
             return False
-        exact = shift == error == terms == 0  # nothing moved at all
+        exact = shift == error == blur == 0  # nothing moved at all
         return exact or (_LEAST < error < np.inf and _LEAST < shift < np.inf)
 
     def _plainly(

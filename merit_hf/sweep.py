@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from merit_hf.checkpoint import atomic_folder
+from merit_hf.checkpoint import atomic_folder, check_new_folder
 from merit_hf.config import ConfigError
 from merit_hf.evaluation.evaluate import evaluate_models
 from merit_hf.group_merge import chosen_groups, merge_groups, verified_folders
@@ -74,6 +74,7 @@ def merge_sweep(
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"--weights: two weightings are called `{name}`. Give each once, files by other names.")
+    check_new_folder(Path(output))
     numbers = sorted(chosen_groups(plan, checkpoints, options.get("exclude", ()), options.get("allow_missing", False)))
     for text in weights:
         group_weights(plan, numbers, text)
@@ -110,8 +111,7 @@ def greedy_soup(
     Raises:
         ConfigError: no dataset has held-out rows, or as in [`merge_groups`].
     """
-    if Path(output).exists() and any(Path(output).iterdir()):
-        raise ConfigError(f"{output}: exists already and is not overwritten. Remove it, or choose another output.")
+    check_new_folder(Path(output))
     sources = chosen_groups(plan, checkpoints, exclude, allow_missing)
     numbers = sorted(sources)
     group_weights(plan, numbers, weights)

@@ -38,6 +38,7 @@ from merit_hf.progress import Progress
 from merit_hf.sft import (
     BATCH_FIELDS,
     build_args,
+    check_reporting,
     load_model,
     load_tokenizer,
     open_trainer,
@@ -235,6 +236,7 @@ def _group_args(
             f"{per_device * num_processes}. Choose them so that the product is {planned_device}."
         )
     args = build_args(sft, part)
+    check_reporting(args)
     for field in ("max_steps", "warmup_steps", "lr_scheduler_kwargs"):
         setattr(args, field, plan.group_sft(group)[field])
     # What is reported of several groups would else all be called alike.

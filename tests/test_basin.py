@@ -215,3 +215,5 @@ def test_the_binomial_tail_is_right() -> None:
     assert not basin.more_than_chance(2, 40)
     assert basin.more_than_chance(2, 40, level=0.265)
     assert not basin.more_than_chance(2, 40, level=0.264)
+    # Of 2000 at 0.025, 50 are expected, and 68 are the first with a tail below 0.01.
+    assert [basin.more_than_chance(count, 2000) for count in (0, 50, 67, 68, 2000)] == [False] * 3 + [True] * 2

@@ -94,7 +94,7 @@ def test_every_command_says_what_comes_next(road: Path, tmp_path: Path) -> None:
         assert words[0] == command
         # Long answers of a model that has learnt nothing would only take time.
         output = succeed(*words, *(["--max-new-tokens", "4"] if command == "evaluate" else []))
-    assert f"The numbers are in {folder / 'evaluation.json'}" in output
+    assert f"The numbers are in {folder / 'evaluation/evaluation.json'}" in output
 
 
 def test_the_plan_says_what_it_found(road: Path) -> None:

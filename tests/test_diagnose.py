@@ -252,12 +252,17 @@ def test_what_cannot_be_diagnosed_is_refused_before_a_model_is_loaded(
         (tiny_groups[:1], {"merged": merged}, "merged from group 1 too"),
         (tiny_groups, {"merged": tiny_groups[0]}, "merit.json is of a group"),
         (tiny_groups, {"epsilons": (0.5, -1.0)}, "epsilons"),
+        (tiny_groups, {"path_points": 2}, "expected an odd number"),
         ([tmp_path], {}, "no merit.json"),
     ]
     for checkpoints, options, said in cases:
         with pytest.raises(ConfigError, match=said):
             diagnose(tiny_plan, checkpoints, tmp_path / "d", progress=QUIET, **options)
     assert not (tmp_path / "d").exists()
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file/d"):
+        with pytest.raises(ConfigError, match="file: is a file, where a folder is needed"):
+            diagnose(tiny_plan, tiny_groups, output, progress=QUIET)
 
 
 @pytest.fixture(scope="module")

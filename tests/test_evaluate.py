@@ -275,6 +275,7 @@ def test_labels(tiny_plan: PartitionPlan, tiny_groups: list[Path], learnt: tuple
         (["--metric", "nope=chrf"], "the plan has no such dataset"),
         (["--card"], "--card: none of the models was merged"),
         (["--tasks", "x"], "--tasks is an option of the harness"),
+        (["--output", __file__], "is a file, where a folder is needed"),
         (["--limit", "3"], "--limit is an option of the harness"),
         (["--harness", "lm-eval"], "needs --tasks"),
         (["--harness", "helm", "--tasks", "x"], "expected lm-eval"),
@@ -307,6 +308,7 @@ def test_a_model_that_is_not_there_is_told_before_anything_is_loaded(
         assert isinstance(done.exception, SystemExit)
         assert len(done.stderr.strip().splitlines()) == 1
         assert str(place) in done.stderr
+        assert "CHECKPOINT" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 

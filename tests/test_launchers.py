@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -332,6 +333,8 @@ def test_the_sbatch_script_is_printed_without_a_cluster(tiny_plan: PartitionPlan
         (["--launcher", "slurm", "--dry-run", "--slurm", "array=0-3"], "--slurm array: merit sets it itself"),
         (["--launcher", "slurm", "--dry-run", "--slurm", "signal_delay_s=x"], "expected seconds"),
         (["--launcher", "slurm", "--dry-run", "--slurm", "qos"], "--slurm qos: expected NAME=VALUE"),
+        (["--launcher", "slurm", "--dry-run", "sft.report_too=x"], "Did you mean `report_to`?"),
+        (["--dry-run", "sft.learning_rate=2"], "sft.learning_rate is part of the plan's identity"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -340,6 +343,31 @@ def test_mistakes(arguments: list[str], said: str, tiny_plan: PartitionPlan, tmp
     assert code == 2
     assert said in output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a", "not a config of accelerate's"),
+        ("base: {model_name_or_path: x}", "not a config of accelerate's"),
+        ("distributed_type: MULTIGPU", "distributed_type='MULTIGPU': accelerate knows"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_what_is_no_config_of_accelerate(text: str, said: str, tiny_plan: PartitionPlan, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        Request(tiny_plan, [0], [tmp_path / "0"], accelerate_config=tmp_path / "config.yaml")
+
+
+def test_a_record_holds_what_the_same_command_needs(tiny_plan: PartitionPlan, tmp_path: Path) -> None:
+    config = CPU_2
+    request = Request(tiny_plan, [0], [tmp_path / "0"], ["sft.report_to=none"], accelerate_config=config)
+    options = slurm.SlurmOptions(partition="gpu", setup=["module load cuda"], extra={"qos": "long"})
+    assert shlex.split(request.job("slurm", 0, [], "7_0", options).details["options"]) == [
+        "sft.report_to=none", "--accelerate-config", str(config), "--partition", "gpu", "--setup", "module load cuda",
+        "--slurm", "qos=long",
+    ]  # fmt: skip
 
 
 def test_slurm_where_there_is_none(tiny_plan: PartitionPlan, tmp_path: Path) -> None:

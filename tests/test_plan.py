@@ -264,6 +264,8 @@ def test_a_changed_plan_json_is_refused(key: str, copy: Path) -> None:
 def test_a_folder_that_is_no_plan_is_refused(tmp_path: Path, copy: Path) -> None:
     with pytest.raises(ConfigError, match=r"no plan\.json"):
         PartitionPlan.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"/none` is no existing path, and no Hub id either \(OWNER/NAME\)\. Check"):
+        PartitionPlan.from_pretrained(tmp_path / "none")
     for damage in ("{", "[]", "{}"):
         (copy / PLAN_NAME).write_text(damage)
         with pytest.raises(MeritError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -90,8 +91,6 @@ def test_two_planners_make_the_plan_of_one(tmp_path: Path) -> None:
 
 def plan_as(rank: int, config: Path, output: Path, port: str) -> None:
     """One of two planners, as torchrun tells it; each shows what it does."""
-    import os
-
     from merit_hf.config import MeritConfig
     from merit_hf.planner import MeritPlanner
 
@@ -102,12 +101,29 @@ def plan_as(rank: int, config: Path, output: Path, port: str) -> None:
     MeritPlanner(MeritConfig.from_yaml(config), Progress(), worker).plan(output)
 
 
+def two_at_work(config: Path, folder: Path, port: str) -> list[jobs.Job]:
+    """Two planners that have claimed a dataset each; the first one is held (SIGSTOP) at its own."""
+    work = folder / "plan.part" / "gradients"
+
+    def is_at_work(planner: jobs.Job) -> bool:
+        mine = [path.name for path in work.glob("claims-*/*") if path.read_text() == str(planner.pid)]
+        return any(not (work / f"{name}.json").exists() for name in mine)
+
+    planners = [jobs.Job(plan_as, [rank, config, folder / "plan", port], folder / f"log-{rank}") for rank in range(2)]
+    for planner in planners:
+        while not is_at_work(planner):
+            assert planner.is_alive(), planner.output
+            time.sleep(0.0005)
+        if planner is planners[0]:
+            os.kill(planner.pid, signal.SIGSTOP)
+    return planners
+
+
 def test_two_planners_share_the_datasets(tmp_path: Path) -> None:
     names = ("copy", "reverse", "repeat", "count", "first")
     config = make_mixture(tmp_path, names, count=40, tokens_per_batch=1)
-    workers = [
-        jobs.Job(plan_as, [rank, config, tmp_path / "plan", "12345"], tmp_path / f"log-{rank}") for rank in range(2)
-    ]
+    workers = two_at_work(config, tmp_path, "12345")
+    os.kill(workers[0].pid, signal.SIGCONT)
     for worker in workers:
         assert worker.wait() == 0, worker.output
     begun = [[name for name in names if f"Gradients: {name} (" in worker.output] for worker in workers]
@@ -125,19 +141,10 @@ def test_two_planners_share_the_datasets(tmp_path: Path) -> None:
 def test_what_a_dead_planner_claimed_is_done_by_the_other(tmp_path: Path) -> None:
     names = ("copy", "reverse", "repeat", "count", "first")
     config = make_mixture(tmp_path, names, count=40, tokens_per_batch=1)
-    work = tmp_path / "plan.part" / "gradients"
-    survivor, victim = (
-        jobs.Job(plan_as, [rank, config, tmp_path / "plan", "12347"], tmp_path / f"log-{rank}") for rank in range(2)
-    )
-
-    def has_claimed() -> bool:
-        return any(
-            path.read_text() == str(victim.pid) and not (work / f"{path.name}.json").exists()
-            for path in work.glob("claims-*/*")
-        )
-
-    with Watch(work) as watch:
-        assert victim.kill_when(has_claimed), "it had ended before it was killed"
+    with Watch(tmp_path / "plan.part" / "gradients") as watch:
+        survivor, victim = two_at_work(config, tmp_path, "12347")
+        os.kill(victim.pid, signal.SIGKILL)
+        os.kill(survivor.pid, signal.SIGCONT)
         assert survivor.wait() == 0, survivor.output
     assert len(watch.versions) == 5
     assert all(len(inodes) == 1 for inodes in watch.versions.values()), "a dataset was done twice"

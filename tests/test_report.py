@@ -255,6 +255,29 @@ def test_what_belongs_to_another_plan_is_named_and_left_out(tmp_path: Path) -> N
     assert "1 of 2 groups are trained" in text
 
 
+def test_a_page_is_a_file_in_a_folder(tmp_path: Path) -> None:
+    runs.make_plan(tmp_path / "plan", NAMES)
+    before = sorted(tmp_path.iterdir())
+    for output, said in (
+        (tmp_path, f"Give {tmp_path}/report.html"),
+        (tmp_path / "plan/plan.json/x", "plan.json: is a f"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            write_report(tmp_path, output)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_evaluation_that_the_pages_own_command_makes_is_shown(tmp_path: Path) -> None:
+    plan = runs.make_plan(tmp_path / "plan", NAMES)
+    later = runs.evaluation(plan) | {"num_bootstrap": 7}
+    (tmp_path / "evaluation").mkdir()
+    for name, content in (("evaluation.json", runs.evaluation(plan)), ("evaluation/evaluation.json", later)):
+        (tmp_path / name).write_text(json.dumps(content))
+    found = read_run(tmp_path)
+    assert found.evaluation == later
+    assert found.notices == ["evaluation.json is left out: evaluation/evaluation.json is shown."]
+
+
 def test_tokens_that_were_counted_otherwise_are_told(tmp_path: Path) -> None:
     runs.make_run(tmp_path, NAMES)
     path = tmp_path / "groups/1/merit.json"

@@ -171,7 +171,8 @@ def test_any_script_that_ends_early_leaves_such_a_checkpoint(
 
 
 def test_on_the_command_line(stopped: Path, tiny_plan: PartitionPlan, tiny_groups: list[Path], tmp_path: Path) -> None:
-    groups = [str(stopped), str(tiny_groups[1])]
+    (tmp_path / "jobs").mkdir()  # as groups/* has it
+    groups = [str(stopped), str(tiny_groups[1]), str(tmp_path / "jobs")]
     for options, code in (([], 1), (["--allow-partial"], 0)):
         job = jobs.Job(jobs.merit, [["verify", tiny_plan.folder, *groups, *options]], tmp_path / f"verify-{code}")
         assert job.wait() == code, job.output
@@ -180,6 +181,19 @@ def test_on_the_command_line(stopped: Path, tiny_plan: PartitionPlan, tiny_group
         tmp_path / "merge",
     )  # fmt: skip
     assert job.wait() == 0, job.output
+
+
+def test_a_launcher_tells_it_from_one_that_failed(tiny_plan: PartitionPlan, tmp_path: Path) -> None:
+    home = {"HF_HOME": str(tmp_path / "home")}
+    train = ["train", tiny_plan.folder, "--group", "all", "--output", tmp_path / "groups", "--jobs", "2"]
+    job = jobs.Job(jobs.merit, [[*train, "train.stop_at_step=4"]], tmp_path / "train", home)
+    assert job.wait() == 0, job.output
+    told = "Stopped before its planned steps: group 0, 1. Next: "
+    assert f"{told}run it again without the stop to go on, or merit merge" in " ".join(job.output.split())
+    job = jobs.Job(jobs.merit, [["status", tiny_plan.folder]], tmp_path / "status", home)
+    assert job.wait() == 0, job.output
+    assert "stopped, step 4" in job.output
+    assert f"{told}merit train" in " ".join(job.output.split())
 
 
 def test_the_keys_are_checked() -> None:

@@ -90,6 +90,17 @@ def test_a_sweep_is_whole_or_not_there(trained: tuple[PartitionPlan, list[Path]]
         assert not (tmp_path / "other.part").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--soup"], ["--adapters", "concat"]])
+def test_a_rank_without_svd_is_refused(
+    more: list[str], trained: tuple[PartitionPlan, list[Path]], tmp_path: Path
+) -> None:
+    plan = str(trained[1][0].parent / "plan")
+    call = ["merge", plan, "nowhere", "--output", str(tmp_path / "out"), "--svd-rank", "4", *more]
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 2, done.output
+    assert "--svd-rank is for adapters svd" in done.stderr
+
+
 # The greedy rule
 
 

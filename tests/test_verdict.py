@@ -83,7 +83,7 @@ def test_a_group_that_left_the_basin_on_some_datasets_is_named_with_both_remedie
     assert (finding["code"], finding["groups"], finding["datasets"]) == ("left_basin", [2], NAMES[:4])
     assert found["summary"].startswith("Group 2 left the basin on 4 of 12 datasets")
     assert found["remedy"].startswith("Lower the learning rate of group 2 (0.0001 now)")
-    assert "merge with `--exclude 2`: measured, the mean loss changes by -0.290 [-0.295, -0.285]" in found["remedy"]
+    assert "merge with `--exclude 2`: measured, the mean loss changes by −0.290 [−0.295, −0.285]" in found["remedy"]
 
 
 def test_a_ridge_on_one_dataset_of_many_may_be_chance_and_on_the_mean_it_is_none() -> None:

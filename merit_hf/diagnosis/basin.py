@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -293,7 +292,6 @@ def cosines(gram: np.ndarray) -> np.ndarray:
 
 def more_than_chance(count: int, trials: int, probability: float = 0.025, level: float = 0.01) -> bool:
     """Whether `count` hits in `trials` are more than chance gives: binomial tail below `level`."""
-    tail = sum(
-        math.comb(trials, n) * probability**n * (1 - probability) ** (trials - n) for n in range(count, trials + 1)
-    )
-    return count > 0 and tail < level
+    from scipy.stats import binom
+
+    return count > 0 and float(binom.sf(count - 1, trials, probability)) < level

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_hf.align import align
-from merit_hf.checkpoint import read_model_config
+from merit_hf.checkpoint import check_output_folder, read_model_config
 from merit_hf.config import ConfigError
 from merit_hf.diagnosis.analysis import analyse_losses, analyse_weights, rounded
 from merit_hf.diagnosis.basin import Survey
@@ -68,7 +68,8 @@ def diagnose(
         joint (`str` or `Path`, *optional*): a model of the same base trained on everything, to compare with.
         num_samples (`int`, *optional*, defaults to `64`): at most so many held-out rows a dataset, and training rows.
         epsilons (`Sequence[float]`, *optional*): steps of the second differences, as shares of d_k.
-        path_points (`int`, *optional*, defaults to `1`): points inside every path, evenly spaced.
+        path_points (`int`, *optional*, defaults to `1`): points inside every path, evenly spaced; an odd number, as
+            the middle is one of them.
         forward_only (`bool`, *optional*): no gradients, hence no curvature of single layers.
         tokens_per_batch (`int`, *optional*, defaults to `2048`): padded tokens in a batch; does not change the losses.
         progress ([`Progress`], *optional*): where to show it.
@@ -77,16 +78,20 @@ def diagnose(
         The content of diagnosis.json.
 
     Raises:
-        ConfigError: a checkpoint of no group of the plan, one given twice, none of a merged group; no held-out rows.
+        ConfigError: `output` is a file; an even number of path points; a checkpoint of no group of the plan, one
+            given twice, none of a merged group; no held-out rows.
         MeritError: checkpoints that do not fit the base, or values or losses that are not finite.
     """
     start = time.monotonic()
+    check_output_folder(Path(output))
+    if path_points < 1 or path_points % 2 == 0:
+        raise ConfigError(f"path points {path_points}: expected an odd number, since a path's middle is measured.")
+    if not epsilons or min(epsilons) <= 0:
+        raise ConfigError(f"epsilons {', '.join(map(str, epsilons))}: expected positive numbers.")
     progress, store = progress or Progress(), Store(Path(output) / MEASUREMENTS_NAME)
     folders = _group_folders(plan, checkpoints)
     weights = _weights(plan, folders, merged)
     folders = {group: folders[group] for group in weights}
-    if path_points < 1 or not epsilons or min(epsilons) <= 0:
-        raise ConfigError("path points must be 1 or more, epsilons positive.")
     others = {label: Path(folder) for label, folder in (("merged", merged), ("joint", joint)) if folder is not None}
     located = {"base": plan.base_folder(), **{f"group-{k}": folder for k, folder in folders.items()}, **others}
     aligned = align(located["base"], list(located.values())[1:])

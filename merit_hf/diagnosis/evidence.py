@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from merit_hf.report import blocks
+
 TOLERANCE = 0.01  # nats: differences below it are none
 
 
@@ -32,13 +34,14 @@ def left_basin_on(content: Mapping[str, Any], group: int) -> list[str]:
 
 
 def nats(estimate: Mapping[str, Any], sign: int = 1) -> str:
-    return f"{sign * estimate['value']:.3f} nats"
+    return f"{blocks.decimals(sign * estimate['value'])} nats"
 
 
 def signed(estimate: Mapping[str, Any]) -> str:
+    shown = blocks.signed(estimate["value"])
     if estimate["low"] is None:
-        return f"{estimate['value']:+.3f}"
-    return f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
+        return shown
+    return f"{shown} [{blocks.signed(estimate['low'])}, {blocks.signed(estimate['high'])}]"
 
 
 def group_names(numbers: Sequence[int]) -> str:
@@ -62,7 +65,7 @@ def _say_left(content: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     highest = max(barrier["height"]["value"] for barrier in own_paths(content["overall"], group))
     return (
         f"Group {group} left the basin on {len(on)} of {count(content['datasets'], 'dataset')}: on the way to it the "
-        f"loss rises over the straight line (mean over datasets {highest:+.3f} nats at the highest)."
+        f"loss rises over the straight line (mean over datasets {blocks.signed(highest)} nats at the highest)."
     )
 
 

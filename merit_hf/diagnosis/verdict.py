@@ -26,6 +26,7 @@ from merit_hf.diagnosis.evidence import (
     some,
     spoken,
 )
+from merit_hf.report import blocks
 from merit_hf.trust_words import trust_verdict
 
 PROMPT_EFFECT = 0.1  # nats: what the right prompt is worth to an answer that follows from it
@@ -294,8 +295,8 @@ def _base_findings(content: Mapping[str, Any], vocab_size: int | None) -> list[F
         return []
     rise = rises[READY_SIGMA]["value"]
     text = (
-        f"Noise of {READY_SIGMA:.0%} of its weights changes the base's loss of {loss:.2f} by {rise:+.3f} nats "
-        f"({rise / max(loss, 1e-9):+.0%})"
+        f"Noise of {READY_SIGMA:.0%} of its weights changes the base's loss of {loss:.2f} by "
+        f"{blocks.signed(rise)} nats ({blocks.signed(100 * rise / max(loss, 1e-9), 0)}%)"
     )
     if rise > SHARP * loss:
         cure = "Groups may leave so narrow a basin: use a low learning rate, and diagnose again after it."

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from merit_hf.report.blocks import estimate, signed
 from merit_hf.text import escape_markdown
 
 _MARKS = {"problem": "PROBLEM", "caution": "CAUTION", "healthy": "HEALTHY"}
@@ -55,7 +56,7 @@ def _dataset_table(content: Mapping[str, Any]) -> tuple[str, list[str], list[lis
     if content["kind"] == "base":
         sigmas = content["settings"]["sigmas"]
         rows = [
-            [name, f"{entry['loss']['base']:.3f}", *(_estimate(row["increase"]) for row in entry["perturbation"])]
+            [name, f"{entry['loss']['base']:.3f}", *(estimate(row["increase"]).text for row in entry["perturbation"])]
             for name, entry in entries
         ]
         title = "Loss of the base (nats), and what noise of σ × each tensor's root mean square adds"
@@ -70,9 +71,9 @@ def _dataset_table(content: Mapping[str, Any]) -> tuple[str, list[str], list[lis
                 name,
                 str(entry.get("group", "")),
                 *(f"{entry['loss'][label]:.3f}" for label in compared),
-                _estimate(entry["gain"]["measured"]) if entry["gain"] else "–",
-                _estimate(step["rho"]) if step else "–",
-                f"{ridge['height']['value']:+.3f} {ridge['from']}–{ridge['to']}",
+                estimate(entry["gain"]["measured"]).text if entry["gain"] else "–",
+                estimate(step["rho"]).text if step else "–",
+                f"{signed(ridge['height']['value'])} {ridge['from']}–{ridge['to']}",
             ]
         )
     title = "Held-out loss (nats); gain of the mean over its groups, ρ = gain ÷ prediction, highest barrier"
@@ -83,8 +84,9 @@ def _group_table(content: Mapping[str, Any]) -> tuple[str, list[str], list[list[
     rows = [
         [
             str(row["group"]), f"{row['weight']:.3f}", f"{row['displacement']:.3g}", _percent(row["variance_share"]),
-            _percent(row["curvature_share"]), _estimate(row["own"]["held_out"]), _estimate(row["own"]["training"]),
-            _estimate(row["exclude"]), f"{len(row['left_basin_on'])} of {len(content['datasets'])}",
+            _percent(row["curvature_share"]), estimate(row["own"]["held_out"]).text,
+            estimate(row["own"]["training"]).text, estimate(row["exclude"]).text,
+            f"{len(row['left_basin_on'])} of {len(content['datasets'])}",
         ]
         for row in content["groups"]
     ]  # fmt: skip
@@ -119,14 +121,6 @@ def _markdown(title: str, headings: list[str], rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     lines += [f"| {' | '.join(escape_markdown(cell) for cell in row)} |" for row in rows]
     return "\n".join([title + ".", "", *lines])
-
-
-def _estimate(estimate: Mapping[str, Any] | None) -> str:
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    if estimate["low"] is None:
-        return f"{estimate['value']:.3f}"
-    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
 def _percent(share: float | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from merit_hf.checkpoint import check_output_folder
 from merit_hf.config import ConfigError, check_metric
 from merit_hf.evaluation.comparison_table import answer_tables, evaluation_table, evaluation_words, harness_table
 from merit_hf.evaluation.evaluate import (
@@ -46,6 +47,7 @@ def evaluate_side_by_side(
         benchmarks ([`HarnessCall`], *optional*): tasks of a harness to run besides.
         card (`bool`): write the numbers into the card of the merged model among `models`.
     """
+    check_output_folder(output)
     named = [split_label(text) for text in models]
     labelled = label_models([(label, text, find(text)) for label, text in named], plan)
     cards = merged_models(plan, labelled) if card else []

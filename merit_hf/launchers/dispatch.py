@@ -88,6 +88,7 @@ def train_groups(
         ConfigError: a mistake in the call. MeritError: a training failed.
     """
     module, progress = open_launcher(launcher), progress or Progress()
+    check_words(placement)
     request = Request(plan, list(groups), list(outputs), placement, num_processes, accelerate_config)
     options = options or local.LocalOptions()
     if launcher == local.NAME and not wait:
@@ -123,6 +124,7 @@ def dry_run(
     options: Any = None,
 ) -> str:
     """What [`train_groups`] would start for these groups, as text; nothing is started or written."""
+    check_words(placement)
     request = Request(plan, list(groups), list(outputs), placement, num_processes, accelerate_config)
     missing = [
         group
@@ -132,6 +134,15 @@ def dry_run(
     if not missing:
         return "Nothing to train: every group is finished."
     return open_launcher(launcher).script(request.only(missing), options or local.LocalOptions())
+
+
+def check_words(placement: Sequence[str]) -> None:
+    """Raises ConfigError where a placement is refused, before a job is queued for it."""
+    if placement:
+        # They know TRL's fields, and so load it.
+        from merit_hf.placement import check_placement, parse_placement
+
+        check_placement(parse_placement(placement))
 
 
 def survey(request: Request, progress: Progress, again: bool = False) -> tuple[list[Job], list[int]]:
@@ -225,7 +236,7 @@ def describe(job: Job, state: JobState) -> list[str]:
 
 def raise_failed(request: Request, jobs: Sequence[Job], states: Sequence[JobState]) -> None:
     """Raises MeritError where a job failed; ConfigError where every one that failed was refused."""
-    failed = [job for job, state in zip(jobs, states, strict=True) if state.state != "finished"]
+    failed = [job for job, state in zip(jobs, states, strict=True) if state.state not in ("finished", "stopped")]
     if not failed:
         return
     names = ", ".join(str(job.group) for job in failed)

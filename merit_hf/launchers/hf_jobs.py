@@ -11,9 +11,8 @@ import contextlib
 import importlib.metadata
 import json
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -191,35 +190,26 @@ def _start(request: Request, planned: _Planned, options: HfJobsOptions) -> Job:
     found = submit_job(planned.call) if planned.is_missing else None if planned.finished else planned.job
     details: dict[str, Any] = {
         "namespace": planned.call.namespace, "repo_id": planned.repo_id, "url": found.url if found else None,
-        "num_steps": request.plan.group(planned.group).num_steps, "options": _as_words(options),
+        "num_steps": request.plan.group(planned.group).num_steps,
     }  # fmt: skip
-    record = request.job(NAME, planned.group, body["command"], found.id if found else None, **details)
+    record = request.job(NAME, planned.group, body["command"], found.id if found else None, options, **details)
     job = replace(record, log=None)
     write_job(job)
     return job
 
 
-def _as_words(options: HfJobsOptions) -> str:
-    """The options as they are given to `merit train`."""
-    words = []
-    for option in fields(options):
-        value, flag = getattr(options, option.name), f"--{option.name.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
-        elif value != option.default:
-            words += [word for item in ([value] if isinstance(value, str) else value) for word in (flag, item)]
-    return shlex.join(words)
-
-
 def _look(job: Job) -> JobState:
-    repo_id, step = job.details["repo_id"], None
+    repo_id, step, stopped = job.details["repo_id"], None, False
     try:
         pushed = read_remote_manifest(repo_id)
         if pushed is not None and pushed[0].get("group_sha256") == job.group_sha256:
             if pushed[0].get("status") == "complete":
                 return JobState("finished", f"{repo_id}@{pushed[1][:12]}")
             step = pushed[0].get("num_steps")
+            stopped = pushed[0].get("status") == "stopped"
         found = inspect_job(job.details["namespace"], job.job_id) if job.job_id else None
+        if stopped and not (found is not None and found.is_alive):
+            return JobState("stopped", f"before its planned steps, in {repo_id}", step, job.details["num_steps"])
         if found is not None and not found.is_alive:
             said = telling_lines(job_log(found, _LOG_LINES))
             return JobState("failed", _ended_as(found, repo_id), step, job.details["num_steps"], said)

@@ -74,7 +74,8 @@ class JobState:
     """Where a job stands.
 
     Attributes:
-        state: `pending`, `running`, `finished`, `failed`, or `unknown` where nobody can be asked from here.
+        state: `pending`, `running`, `finished`, `stopped` (on purpose, before its planned steps; what it trained is
+            there), `failed`, or `unknown` where nobody can be asked from here.
         detail: in a few words, such as why it waits or failed.
         step, num_steps: how far it is, where it said so.
         lines: of a failed one, what it said last.
@@ -151,13 +152,14 @@ def read_end(job: Job) -> dict[str, Any] | None:
         return None
 
 
-def is_finished(group_sha256: str, output: Path) -> bool:
-    """Whether `output` holds this group's finished checkpoint."""
+def trained(group_sha256: str, output: Path) -> dict[str, Any] | None:
+    """The manifest of this group's checkpoint in `output`, `complete` or `stopped`; None where it is not there."""
     try:
         manifest = read_manifest(output) if (output / MANIFEST_NAME).exists() else {}
     except MeritError:
-        return False
-    return manifest.get("group_sha256") == group_sha256 and manifest.get("status") == "complete"
+        return None
+    ours = manifest.get("group_sha256") == group_sha256 and manifest.get("status") in ("complete", "stopped")
+    return manifest if ours else None
 
 
 def ended_state(job: Job, gone: str | None = None) -> JobState | None:
@@ -166,11 +168,13 @@ def ended_state(job: Job, gone: str | None = None) -> JobState | None:
     Args:
         gone: why it is known to run no more, though it left no word.
     """
-    end, finished = read_end(job), is_finished(job.group_sha256, Path(job.output))
+    end, manifest = read_end(job), trained(job.group_sha256, Path(job.output))
     if end is None and gone is None:
         return None
-    if finished and (end is None or end["exit_code"] == 0):
-        return JobState("finished")
+    if manifest is not None and (end is None or end["exit_code"] == 0):
+        if manifest["status"] == "complete":
+            return JobState("finished")
+        return JobState("stopped", "before its planned steps", manifest["num_steps"], progress_of(job)[1])
     if end is not None and end["exit_code"]:
         why = str(end["error"]) or f"ended with exit code {end['exit_code']}"
     else:

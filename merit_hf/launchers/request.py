@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from merit_hf.config import ConfigError
 from merit_hf.launchers.jobs import Job, log_path
 from merit_hf.plan import PartitionPlan
+
+# One of these is in any config of accelerate's.
+_ACCELERATE_KEYS = {"compute_environment", "distributed_type", "num_machines", "num_processes"}
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,8 @@ class Request:
     accelerate_config: Path | None = None
 
     def __post_init__(self) -> None:
-        config = self.accelerate_config
-        if config is not None and not config.is_file():
-            raise ConfigError(f"--accelerate-config {config}: no such file. `accelerate config` writes one.")
+        if self.accelerate_config is not None:
+            _check_accelerate(self.accelerate_config)
 
     @property
     def source(self) -> str:
@@ -48,19 +52,51 @@ class Request:
         """Whether a group is trained by several processes, or as a config of accelerate's says."""
         return self.num_processes not in (None, 1) or self.accelerate_config is not None
 
+    @property
+    def words(self) -> list[str]:
+        """What of this is given to `merit train` beside plan, group and output."""
+        words = list(self.placement)
+        words += [] if self.num_processes is None else ["--num-processes", str(self.num_processes)]
+        config = self.accelerate_config
+        return words + ([] if config is None else ["--accelerate-config", str(config.absolute())])
+
     def only(self, groups: Sequence[int]) -> Request:
         """The same for some of the groups."""
         outputs = dict(zip(self.groups, self.outputs, strict=True))
         return replace(self, groups=list(groups), outputs=[outputs[group] for group in groups])
 
-    def job(self, launcher: str, group: int, command: list[str], job_id: str | None = None, **details: object) -> Job:
-        """The record of a start of `group`, with its log beside its output."""
+    def job(
+        self,
+        launcher: str,
+        group: int,
+        command: list[str],
+        job_id: str | None = None,
+        options: Any = None,
+        **details: object,
+    ) -> Job:
+        """The record of a start of `group`, with its log beside its output, and all that `merit train` was given."""
         output = dict(zip(self.groups, self.outputs, strict=True))[group]
         return Job(
             launcher=launcher, plan_sha256=self.plan.sha256, group=group,
             group_sha256=self.plan.group(group).group_sha256, output=str(output.absolute()), job_id=job_id,
-            command=command, log=str(log_path(output)), details=details,
+            command=command, log=str(log_path(output)),
+            details={**details, "options": shlex.join([*self.words, *_as_words(options)])},
         )  # fmt: skip
+
+
+def _as_words(options: Any) -> list[str]:
+    """A launcher's options as they are given to `merit train`."""
+    words: list[str] = []
+    for option in () if options is None else fields(options):
+        value, flag = getattr(options, option.name), f"--{option.name.replace('_', '-')}"
+        if option.name == "extra":  # of sbatch's own
+            words += [word for key, text in value.items() for word in ("--slurm", f"{key}={text}")]
+        elif value is True:
+            words.append(flag)
+        elif value != option.default:
+            several = isinstance(value, list | tuple)
+            words += [word for item in (value if several else [value]) for word in (flag, str(item))]
+    return words
 
 
 def training_command(request: Request, group: int, output: Path, python: str = sys.executable) -> list[str]:
@@ -94,10 +130,32 @@ def _training(request: Request, group: int, output: Path) -> list[str]:
     return words
 
 
+def _check_accelerate(config: Path) -> None:
+    """Raises ConfigError where it is no config of accelerate's, whose own words for that are a stack of its code."""
+    if not config.is_file():
+        raise ConfigError(f"--accelerate-config {config}: no such file. `accelerate config` writes one.")
+    content = _read_accelerate(config)
+    if not isinstance(content, dict) or not _ACCELERATE_KEYS & content.keys():
+        raise ConfigError(
+            f"--accelerate-config {config}: not a config of accelerate's. Give one of recipes/accelerate_configs, or "
+            "what `accelerate config` writes."
+        )
+    from accelerate.utils import DistributedType
+
+    found, known = content.get("distributed_type", "NO"), [str(kind.value) for kind in DistributedType]
+    if found not in (*known, False):  # YAML reads a bare NO as false
+        raise ConfigError(
+            f"--accelerate-config {config}: distributed_type={found!r}: accelerate knows {', '.join(known)}."
+        )
+
+
 def _names_machines(config: Path | None) -> bool:
     """Whether accelerate's config spans several machines, which must meet on a port that it names."""
+    return config is not None and _read_accelerate(config).get("num_machines", 1) != 1
+
+
+def _read_accelerate(config: Path) -> Any:
     try:
-        content = None if config is None else yaml.safe_load(config.read_text(encoding="utf-8"))
+        return yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--accelerate-config {config}: not YAML ({' '.join(str(error).split())}).") from error
-    return isinstance(content, dict) and content.get("num_machines", 1) != 1

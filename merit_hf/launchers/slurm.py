@@ -70,7 +70,7 @@ def started(request: Request, options: SlurmOptions) -> Iterator[list[Job]]:
     jobs = []
     for job, group, training in zip(submitted, request.groups, trainings, strict=True):
         paths = {"stdout": str(job.paths.stdout), "stderr": str(job.paths.stderr)}
-        jobs.append(request.job(NAME, group, training.command, job.job_id, **paths))
+        jobs.append(request.job(NAME, group, training.command, job.job_id, options, **paths))
         write_job(jobs[-1])
     yield jobs
 

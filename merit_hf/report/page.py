@@ -19,7 +19,8 @@ from jinja2.utils import htmlsafe_json_dumps
 from plotly.offline import get_plotlyjs
 
 from merit_hf.cards import EVALUATION_FIGURE
-from merit_hf.config import MeritError
+from merit_hf.checkpoint import check_output_folder
+from merit_hf.config import ConfigError, MeritError
 from merit_hf.figures import save_comparison, save_losses
 from merit_hf.report.blocks import decimals
 from merit_hf.report.charts import extremes
@@ -45,11 +46,15 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         The page's path. A page that would not change is not written again.
 
     Raises:
-        ConfigError: no plan in `folder`. MeritError: a file of it cannot be read.
+        ConfigError: no plan in `folder`, or the output cannot be a file. MeritError: a file of it cannot be read.
     """
     folder = Path(folder)
     path = Path(output) if output is not None else folder / REPORT_NAME
-    page = render_report(read_run(folder)).encode("utf-8")
+    run = read_run(folder)
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder, and --output takes a file. Give {path / REPORT_NAME}.")
+    check_output_folder(path.parent)
+    page = render_report(run).encode("utf-8")
     if path.is_file() and path.read_bytes() == page:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.plan import PLAN_NAME, PartitionPlan
 
 # Where the commands leave their results, relative to the run's folder; the first that is there counts.
-_EVALUATIONS = ("evaluation.json", "evaluation/evaluation.json")
+_EVALUATIONS = ("evaluation/evaluation.json", "evaluation.json")
 _DIAGNOSES = ("diagnosis/diagnosis.json", "diagnosis.json")
 
 
@@ -133,13 +133,17 @@ def _is_of(manifest: dict[str, Any], plan: PartitionPlan, group: int) -> bool:
 def _of_this_plan(
     folder: Path, names: tuple[str, ...], plan: PartitionPlan, notices: list[str]
 ) -> dict[str, Any] | None:
+    shown, found = "", None
     for name in names:
         if (folder / name).is_file():
             content = _read_json(folder / name)
-            if content.get("plan_sha256", plan.sha256) == plan.sha256:
-                return content
-            notices.append(f"{name} is of another plan: it is left out.")
-    return None
+            if content.get("plan_sha256", plan.sha256) != plan.sha256:
+                notices.append(f"{name} is of another plan: it is left out.")
+            elif found is None:
+                shown, found = name, content
+            else:
+                notices.append(f"{name} is left out: {shown} is shown.")
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

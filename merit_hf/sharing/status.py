@@ -15,7 +15,7 @@ from rich.text import Text
 from merit_hf.config import MeritError
 from merit_hf.hub_write import PullRequest, open_pull_requests
 from merit_hf.launchers.dispatch import describe, look_at
-from merit_hf.launchers.jobs import Job, JobState, jobs_of, saved_steps
+from merit_hf.launchers.jobs import ACTIVE, Job, JobState, jobs_of, saved_steps
 from merit_hf.manifest import MANIFEST_NAME, read_manifest
 from merit_hf.plan import PLAN_NAME, PartitionPlan
 from merit_hf.sharing.community import load_registry
@@ -37,8 +37,8 @@ class GroupStatus:
         verified: the level at which it was verified, or None.
         merged: the merged model it went into, or None.
         job: of the group's training that was launched from here, its launcher, job_id, state (`pending`, `running`,
-            `finished`, `failed` or `unknown`), step, num_steps, detail, lines (the last it said), output, log, and the
-            launcher's options.
+            `finished`, `stopped`, `failed` or `unknown`), step, num_steps, detail, lines (the last it said), output,
+            log, and the options that it was given.
     """
 
     group: int
@@ -119,12 +119,19 @@ def next_step(plan: PartitionPlan, states: Sequence[GroupStatus]) -> str:
     failed = [state for state in states if state.job and state.job["state"] == "failed"]
     if failed and failed[0].job:
         job, number = failed[0].job, failed[0].group
-        how = "" if job["launcher"] == "local" else f" --launcher {job['launcher']} {job['options']}".rstrip()
-        again = f"merit train {where} --group {number} --output {job['output']}{how}"
+        how = "" if job["launcher"] == "local" else f" --launcher {job['launcher']}"
+        again = f"merit train {where} --group {number} --output {job['output']}{how} {job['options']}".rstrip()
         return f"Failed: group {_numbers(failed)}. Next: {again}"
-    running = [state for state in states if state.job and state.job["state"] != "finished"]
+    running = [state for state in states if state.job and state.job["state"] in ACTIVE]
     if running:
         return f"In training: group {_numbers(running)}. Look again with merit status {where}"
+    stopped = [state for state in states if state.job and state.job["state"] == "stopped"]
+    if stopped and stopped[0].job:
+        again = f"merit train {where} --group {stopped[0].group} --output {stopped[0].job['output']}"
+        return (
+            f"Stopped before its planned steps: group {_numbers(stopped)}. Next: {again} to go on, or merit merge "
+            f"{where} CHECKPOINT… --allow-partial"
+        )
     unoffered = [
         state for state in states if state.job and state.checkpoint and state.checkpoint == state.job["detail"]
     ]

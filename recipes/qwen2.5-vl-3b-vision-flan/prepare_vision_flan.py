@@ -75,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--annotations", type=Path, help=f"{ANNOTATIONS}, if it is here already")
     parser.add_argument("--images", type=Path, help=f"the unpacked {UNPACKED}, if it is here already")
     options = parser.parse_args(argv)
+    for given in filter(None, (options.annotations, options.images)):
+        if not given.exists():
+            parser.error(f"{given}: there is no such file or folder")
     annotations = options.annotations or Path(hf_hub_download(REPO, ANNOTATIONS, repo_type="dataset"))
     images = options.images or options.output / UNPACKED
     if options.images is None and not images.is_dir():
