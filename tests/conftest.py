@@ -22,6 +22,8 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 # Where the launched jobs of a plan are remembered, among others.
 os.environ["HF_HOME"] = os.path.join(_CACHE.name, "home")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+# Else every file that is read is reported to the Hub, and where there is no network that waits for a name.
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from threads, and sums must not depend on how many cores there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
