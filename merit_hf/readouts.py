@@ -111,6 +111,7 @@ def open_sketches(path: Path, name: str = "sketches") -> np.ndarray | None:
             header = json.loads(file.read(size))
         except ValueError:
             header = {}
+    header.pop("__metadata__", None)
     end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if not header or path.stat().st_size < 8 + size + end:
         raise MeritError(f"{path}: the plan's sketches are cut short. Restore {path.name}.")
