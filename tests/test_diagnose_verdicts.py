@@ -140,7 +140,7 @@ def test_training_rows_with_wrong_answers(scenario: Callable[..., Any]) -> None:
     assert (finding["groups"], finding["datasets"]) == ([1], ["first", "upper"])
     assert "its training rows improved" in finding["text"]
     assert "do training and held-out rows ask for the same answers?" in finding["remedy"]
-    assert "`--exclude 1`: measured, the mean loss changes by -" in finding["remedy"]
+    assert "`--exclude 1`: measured, the mean loss changes by −" in finding["remedy"]
     assert not {"diverged", "left_basin", "overshot", "noise"} & found(content).keys()
 
 
