@@ -211,7 +211,7 @@ def test_adapters_trained_on_wrong_answers(scenario: Callable[..., Any]) -> None
     train = {task: [upside_down(row) for row in task_rows(task, 60)] for task in ("first", "upper")}
     finding = found(scenario(2e-3, train))["wrong_data"]
     assert (finding["groups"], finding["datasets"]) == ([1], ["first", "upper"])
-    assert "`--exclude 1`: measured, the mean loss changes by -" in finding["remedy"]
+    assert "`--exclude 1`: measured, the mean loss changes by −" in finding["remedy"]
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_a_group_of_noise(scenario: Callable[..., Any]) -> None:
     assert own["held_out"]["high"] < -1.0
     assert own["prompts"]["low"] <= 0 <= own["prompts"]["high"]
     assert "can their answers be told from their prompts?" in finding["remedy"]
-    assert "`--exclude 1`: measured, the mean loss on the other groups' datasets changes by -" in finding["remedy"]
+    assert "`--exclude 1`: measured, the mean loss on the other groups' datasets changes by −" in finding["remedy"]
     assert not {"diverged", "left_basin", "wrong_data"} & found(content).keys()
 
 
