@@ -19,6 +19,7 @@ from pathlib import Path
 import jobs as processes
 import psutil
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from merit_hf.cli import app
@@ -358,6 +359,12 @@ def test_what_is_no_config_of_accelerate(text: str, said: str, tiny_plan: Partit
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         Request(tiny_plan, [0], [tmp_path / "0"], accelerate_config=tmp_path / "config.yaml")
+
+
+def test_shipped_configs_of_accelerate_leave_the_precision_to_the_plan() -> None:
+    """What they say would stand above sft.bf16=false."""
+    for path in CPU_2.parent.glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["mixed_precision"] == "no", path
 
 
 def test_a_record_holds_what_the_same_command_needs(tiny_plan: PartitionPlan, tmp_path: Path) -> None:

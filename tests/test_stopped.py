@@ -196,6 +196,14 @@ def test_a_launcher_tells_it_from_one_that_failed(tiny_plan: PartitionPlan, tmp_
     assert f"{told}merit train" in " ".join(job.output.split())
 
 
+@pytest.mark.parametrize(("name", "said"), [("wandbb", "transformers knows .*wandb"), ("codecarbon", "not installed")])
+def test_where_to_report_is_no_matter_of_the_data(
+    name: str, said: str, tiny_plan: PartitionPlan, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^sft\.report_to={name}: .*{said}"):
+        train_group(tiny_plan, 0, tmp_path / "0", {"report_to": name}, progress=QUIET)
+
+
 def test_the_keys_are_checked() -> None:
     assert parse_placement(["train.max_hours=2.5", "sft.save_steps=3"]) == {"train.max_hours": 2.5, "save_steps": 3}
     for text, message in (

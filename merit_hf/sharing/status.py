@@ -125,7 +125,7 @@ def next_step(plan: PartitionPlan, states: Sequence[GroupStatus]) -> str:
     running = [state for state in states if state.job and state.job["state"] in ACTIVE]
     if running:
         return f"In training: group {_numbers(running)}. Look again with merit status {where}"
-    stopped = [state for state in states if state.job and state.job["state"] == "stopped"]
+    stopped = [state for state in states if state.job and state.job["state"] == "stopped" and not state.verified]
     if stopped and stopped[0].job:
         again = f"merit train {where} --group {stopped[0].group} --output {stopped[0].job['output']}"
         return (
