@@ -372,8 +372,8 @@ def test_a_record_holds_what_the_same_command_needs(tiny_plan: PartitionPlan, tm
     request = Request(tiny_plan, [0], [tmp_path / "0"], ["sft.report_to=none"], accelerate_config=config)
     options = slurm.SlurmOptions(partition="gpu", setup=["module load cuda"], extra={"qos": "long"})
     assert shlex.split(request.job("slurm", 0, [], "7_0", options).details["options"]) == [
-        "sft.report_to=none", "--accelerate-config", str(config), "--partition", "gpu", "--setup", "module load cuda",
-        "--slurm", "qos=long",
+        "--partition", "gpu", "--setup", "module load cuda", "--slurm", "qos=long", "sft.report_to=none",
+        "--accelerate-config", str(config),
     ]  # fmt: skip
 
 

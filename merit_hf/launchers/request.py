@@ -80,7 +80,7 @@ class Request:
             launcher=launcher, plan_sha256=self.plan.sha256, group=group,
             group_sha256=self.plan.group(group).group_sha256, output=str(output.absolute()), job_id=job_id,
             command=command, log=str(log_path(output)),
-            details={**details, "options": shlex.join([*self.words, *_as_words(options)])},
+            details={**details, "options": shlex.join([*_as_words(options), *self.words])},
         )  # fmt: skip
 
 
