@@ -23,6 +23,7 @@ from record import Record, read_rows
 from results import write_results
 from summaries import summaries
 from tasks import TASKS, make_examples
+from verdicts import advice, controls, for_users, in_short, limits
 
 from merit_hf.config import ConfigError
 from merit_hf.sft import build_args
@@ -404,12 +405,23 @@ def test_tables_say_the_excess_that_was_put_in_and_which_arm_is_missing(tmp_path
     assert contrast.estimate.value == pytest.approx(0.15, abs=2e-3)
     assert "better" in contrast.sentence
     # Gates were not measured, so that no advice follows; with gates that pass, splitting paid here.
-    assert "failed split_half, plan_agreement" in summary.advice[0]
+    assert "failed split_half, plan_agreement" in advice(summary)[0]
+    assert for_users([summary]).startswith("No mixture passed all of its gates")
     (passed,), (null,) = summaries(rows), summaries(rows_of(experiment, {}))
     passed.gates = null.gates = []
-    assert passed.advice[0] == "`merit-2` beat every line: on mixtures like this one splitting pays by itself."
-    assert "did not beat every line" in null.advice[0]
-    assert "did not surely beat `random-2`" in null.advice[0]
+    assert advice(passed)[0] == "`merit-2` beat every line: on mixtures like this one splitting pays by itself."
+    assert "did not beat every line" in advice(null)[0]
+    assert "did not surely beat `random-2`" in advice(null)[0]
+    assert "in 1 (smoke), and surely above a random split by some measure in 1 (smoke)" in for_users([passed, null])
+    assert "excess of `merit-2` over `joint` at equal displacement +0.200" in in_short(passed)
+    # At half of the joint model's displacement the line has forgotten as much as the split: half of what joint has.
+    assert controls(passed)[0] == (
+        "`merit-2` forgot +0.500 nats where `joint` forgot +1.000; the point of the line to it that moved as far "
+        "forgot +0.500, at a mixture loss of 5.125 against 4.925. Of the 0.500 nats it kept, the shorter step "
+        "keeps 0.500 without any split."
+    )
+    assert "100 tokens an arm and 2 steps of the longest group" in limits(passed)[0]
+    assert "`soup-2` 0 of" in limits(passed)[1]
     # λ of the joint line with the lowest loss on validation rows is its last.
     assert by_name["joint·λ"].displacement == pytest.approx(15.0)
     path = tmp_path / "trial.jsonl"
@@ -450,6 +462,7 @@ def test_what_is_known_of_random_splits_is_held_against_what_came_of_them(tmp_pa
     text = write_results([path], tmp_path).read_text()
     assert "## Conditions side by side" in text
     assert text.count("| smoke, second | 0.0 | – | `merit-2` − `random-2`") == 4
+    assert "`random-2`, within group cosine: +1.00 [+1.00, +1.00] (16 splits)" in text
 
 
 def test_the_shipped_results_are_made_of_the_shipped_raw_files(tmp_path: Path) -> None:

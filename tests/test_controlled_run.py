@@ -17,9 +17,10 @@ from material import Material
 from record import read_rows
 from results import write_results
 from run import main
-from warmup import build_base, documents
+from warmup import build_base, check_held_out, documents
 
 from merit_hf.checkpoint import weights_sha256
+from merit_hf.config import ConfigError
 from merit_hf.progress import Progress
 from merit_hf.training import last_checkpoint
 
@@ -33,6 +34,7 @@ def small_experiment(folder: Path) -> Path:
     content["seeds"] = {"plan": [0], "order": [0]}
     content["arms"] = [arm for arm in content["arms"] if arm["name"] in KINDS]
     content["arms"][0]["learning_rate"] = 3e-3
+    content["base"]["warmup"]["bf16"] = True
     content["lines"] = {"of": ["joint", "merit-2"], "lambdas": [0.5, 1.0, 1.5], "answers_at": [0.5]}
     content["outcome"] = {"lines": ["joint"], "compare": [["merit-2", "negative-2"]]}
     path = folder / "small.yaml"
@@ -127,6 +129,10 @@ def test_a_warm_up_that_was_killed_goes_on_to_the_same_base_and_leaves_out_what_
     held = [prompt for name in names for split in ("val", "test") for prompt, _ in material.rows(name, split)]
     assert not [prompt for prompt in held if f"<|user|>{prompt}<|end|>" in texts]
     assert "<|user|>" in texts
+
+    check_held_out(other, excluded)
+    with pytest.raises(ConfigError, match="may have seen 1 of the"):
+        check_held_out(other, {*excluded, "A prompt of another experiment."})
 
 
 def check_rows(rows: list[dict[str, Any]], experiment: Any) -> None:

@@ -31,8 +31,8 @@ class Warmup(_Section):
     Args:
         tokens: that it is trained on, in all. tasks: whose examples stand beside Python's own source files.
         examples: a task at most; text_megabytes: of source files. batch_size: sequences of `length` tokens a step, of
-        which `micro_batch_size` are worked on at once. bf16: products in bfloat16, weights in float32. save_steps: how
-        much is lost at most by a kill.
+        which `micro_batch_size` are worked on at once. bf16: products in bfloat16, weights in float32. compile: with
+        torch.compile. save_steps: how much is lost at most by a kill.
     """
 
     tokens: int = Field(ge=1)
@@ -48,6 +48,7 @@ class Warmup(_Section):
     batch_size: int = 32
     micro_batch_size: int = 8
     bf16: bool = False
+    compile: bool = False
     learning_rate: float = 1e-3
     save_steps: int = 200
     seed: int = 0

@@ -76,6 +76,10 @@ class Material:
         elif base.model == SMOLLM2:
             self.base_folder.parent.mkdir(parents=True, exist_ok=True)
             make_smollm2(self.base_folder)
+        else:
+            from warmup import check_held_out
+
+            check_held_out(Path(self.base), self.excluded())
 
     def excluded(self) -> set[str]:
         """Prompts of validation and test rows, which a warm-up must not see."""

@@ -7,7 +7,7 @@ shorter step towards θ gives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -192,23 +192,41 @@ def won_and_lost(
     return sum(bool(gap > 0) for gap in gaps), sum(bool(gap < 0) for gap in gaps)
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float], seed: int = 0) -> Estimate | None:
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Estimate | None:
     """Spearman's ρ over splits, with the percentile interval of drawing splits anew; None of fewer than five, or
     where one of the two never changes.
     """
+    return mean_rank_correlation([(x, y)])
+
+
+def mean_rank_correlation(
+    samples: Iterable[tuple[Sequence[float], Sequence[float]]], seed: int = 0
+) -> Estimate | None:
+    """Mean over mixtures of Spearman's ρ over the splits of each; splits are drawn anew within their mixture.
+
+    Args:
+        samples: (x, y) of each mixture. One with fewer than five splits, or where x or y never changes, is left out.
+    """
+    known = [(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)) for x, y in samples]
+    known = [(x, y) for x, y in known if len(x) >= 5 and np.ptp(x) > 0 and np.ptp(y) > 0]
+    if not known:
+        return None
+    rng = np.random.default_rng(seed)
+    # A draw that takes one split only, again and again, has no ranks; the other mixtures stand for it.
+    draws = np.nanmean([_spearman(x, y, rng.integers(0, len(x), (NUM_DRAWS, len(x)))) for x, y in known], axis=0)
+    point = float(np.mean([_spearman(x, y, np.arange(len(x))[None])[0] for x, y in known]))
+    low, high = np.nanquantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(point, float(low), float(high), sum(len(x) for x, _ in known), "splits")
+
+
+def _spearman(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Of each row of indices, [D]; nan where one of the two does not change."""
     from scipy.stats import rankdata
 
-    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if len(a) < 5 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    rows = np.random.default_rng(seed).integers(0, len(a), (NUM_DRAWS, len(a)))
-    ranks = rankdata(a[rows], axis=1), rankdata(b[rows], axis=1)
-    centred = [r - r.mean(axis=1, keepdims=True) for r in ranks]
+    centred = [ranks - ranks.mean(axis=1, keepdims=True) for ranks in (rankdata(v[rows], axis=1) for v in (x, y))]
     norm = np.sqrt((centred[0] ** 2).sum(axis=1) * (centred[1] ** 2).sum(axis=1))
-    draws = (centred[0] * centred[1]).sum(axis=1)[norm > 0] / norm[norm > 0]
-    point = float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
-    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(point, float(low), float(high), len(a), "splits")
+    product = (centred[0] * centred[1]).sum(axis=1)
+    return np.divide(product, norm, out=np.full(len(rows), np.nan), where=norm > 0)
 
 
 def within_group_cosine(matrix: np.ndarray, groups: Sequence[int]) -> float:

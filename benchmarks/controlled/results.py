@@ -20,7 +20,8 @@ import numpy as np
 from entries import shown
 from experiment import BASE
 from record import read_rows
-from summaries import Summary, across_conditions, summaries
+from summaries import Summary, across_conditions, predictors_across, summaries
+from verdicts import advice, controls, for_users, held, in_short, limits
 
 from merit_hf.config import ConfigError
 from merit_hf.entry import exit_on_error
@@ -44,13 +45,18 @@ def write_results(files: Sequence[Path], output: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"shown": shown, "number": number}
+    environment.filters |= {
+        "shown": shown, "number": number, "held": held, "controls": controls, "limits": limits, "advice": advice,
+        "in_short": in_short, "for_users": for_users,
+    }  # fmt: skip
+    results = [summary for summary in found if summary.experiment.claims]
     text = environment.get_template(TEMPLATE).render(
-        results=[summary for summary in found if summary.experiment.claims],
+        results=results,
         trials=[summary for summary in found if not summary.experiment.claims],
         stopped=[summary for summary in known if BASE not in summary.cells],
         pictures=pictures,
-        across=across_conditions([summary for summary in found if summary.experiment.claims]),
+        across=across_conditions(results),
+        predictors=predictors_across(results),
         sources=[_named(file) for file in files],
     )
     path = output / "RESULTS.md"

@@ -72,8 +72,9 @@ class Run:
         Raises:
             MeritError: the mixture fails a gate, and `force` is not set.
         """
-        self._setup()
+        self._check_settings()
         self.material.prepare(self.stages.progress, excluded)
+        self._setup()
         self._plan_gate()
         self._check(BEFORE_TRAINING, force)
         rates = self._tune()
@@ -86,21 +87,30 @@ class Run:
         self.material.unseal()
         self._matrix(rates)
 
-    def _setup(self) -> None:
-        content = self.experiment.model_dump(mode="json")
+    def _check_settings(self) -> None:
         found = self.known(phase=SETUP)
         if found and found[0]["digest"] != digest(self.experiment):
             raise ConfigError(
                 f"{self.record.path}: holds results of other settings than {self.experiment.name}'s (data, base, "
                 "plan, sft, tune, evaluation or diagnosis). Give another --output, or delete it."
             )
-        name = self.key(f"setup/{len(found)}")
+
+    def _setup(self) -> None:
+        """What the results are of: the experiment, the base's weights, the machine."""
+        content, weights = self.experiment.model_dump(mode="json"), self.stages.yardstick(VAL).base["weights_sha256"]
+        found = self.known(phase=SETUP)
+        # A warm-up need not give the same bits on another processor.
+        if found and found[0].get("base_sha256", weights) != weights:
+            raise ConfigError(
+                f"{self.record.path}: holds results of another base (weights {found[0]['base_sha256'][:12]}) than "
+                f"{self.material.base} (weights {weights[:12]}). Give another --output."
+            )
         if not found or found[-1]["experiment"] != content:
             row = {
                 "phase": SETUP, "condition": self.condition, "digest": digest(self.experiment), "experiment": content,
-                "machine": machine(), "versions": library_versions(), "commit": commit(),
+                "base_sha256": weights, "machine": machine(), "versions": library_versions(), "commit": commit(),
             }  # fmt: skip
-            self.record.append(name, [row])
+            self.record.append(self.key(f"setup/{len(found)}"), [row])
 
     # ------------------------------------------------------------ gates
 

@@ -1,4 +1,4 @@
-"""Rows of the record → what RESULTS.md says: tables, contrasts and the sentences about them. No model, no file."""
+"""Rows of the record → the tables of RESULTS.md; verdicts.py makes sentences of them. No model, no file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from entries import ArmSummary, CellRows, Contrast, Outcome, shown
+from entries import ArmSummary, CellRows, Contrast, Outcome
 from experiment import BASE, Arm, Experiment, seed_pairs
 from gates import AFTER_TRAINING, BEFORE_TRAINING, Gate, gate_facts, judge
 from material import TEST, VAL
@@ -21,6 +21,7 @@ from outcomes import (
     excess,
     match_displacement,
     match_forgetting,
+    mean_rank_correlation,
     rank_correlation,
     won_and_lost,
 )
@@ -279,23 +280,28 @@ class Summary:
     @cached_property
     def predictors(self) -> list[dict[str, Any]]:
         """Rank correlation of what is known of a split with its excess, over the random splits of one arm."""
-        line, found = self.experiment.outcome.lines[0], []
+        found = []
         for arm in self.experiment.arms:
-            cells = self.cells.get(arm.name, {})
-            if arm.split != "random" or not cells:
-                continue
-            outcome = {
-                s: float(np.mean(list(v.values()))) for s, v in self.excesses(arm.name, line, MATCHES[0])[0].items()
-            }
-            for metric in PREDICTORS:
-                known = {
-                    s: cells[s].displacement if metric == "displacement" else cells[s].facts.get(metric)
-                    for s in outcome
-                }
-                pairs = [(x, outcome[s]) for s, x in known.items() if x is not None]
-                estimate = rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
-                found.append({"arm": arm.name, "metric": metric, "splits": len(pairs), "estimate": estimate})
+            if arm.split == "random" and self.cells.get(arm.name):
+                for metric in PREDICTORS:
+                    x, y = self.known_and_came(arm.name, metric)
+                    estimate = rank_correlation(x, y)
+                    found.append({"arm": arm.name, "metric": metric, "splits": len(x), "estimate": estimate})
         return found
+
+    def known_and_came(self, arm: str, metric: str) -> tuple[list[float], list[float]]:
+        """Of every split of an arm, what is known beforehand, and its mean excess over the first line at equal
+        displacement.
+        """
+        table = self.excesses(arm, self.experiment.outcome.lines[0], MATCHES[0])[0]
+        x, y = [], []
+        for seeds, values in table.items():
+            cell = self.cells[arm][seeds]
+            known = cell.displacement if metric == "displacement" else cell.facts.get(metric)
+            if known is not None:
+                x.append(known)
+                y.append(float(np.mean(list(values.values()))))
+        return x, y
 
     @cached_property
     def eigengap(self) -> float | None:
@@ -315,48 +321,6 @@ class Summary:
                 found.append({"arm": arm.name, "cells": len(cells), "facts": means})
         return found
 
-    @cached_property
-    def held(self) -> list[str]:
-        """What the primary outcome says of each arm, in words."""
-        found = []
-        for row in self.arms:
-            if row.name.removesuffix("·λ") in (BASE, *self.experiment.outcome.lines) or not row.outcomes:
-                continue
-            for outcome in row.outcomes:
-                verdict = {1: "above", -1: "below", 0: "not told apart from"}[outcome.estimate.sure]
-                beyond = f" {outcome.clipped} cells lie beyond the line's end." if outcome.clipped else ""
-                found.append(
-                    f"`{row.name}` is {verdict} the line to `{outcome.line}` at equal {outcome.match}: "
-                    f"{shown(outcome.estimate)} nats, {outcome.won} datasets won, {outcome.lost} lost.{beyond}"
-                    f"{outcome.estimate.caution}"
-                )
-        return found
-
-    @cached_property
-    def advice(self) -> list[str]:
-        """What follows for a user, by rule: from gates, from the lines, and from the random splits."""
-        failed = [gate.name for gate in self.gates if not gate.passed]
-        if failed:
-            return [f"The mixture failed {', '.join(failed)}: what this run shows is no ground for a decision."]
-        found, split_of = [], {arm.name: arm.split for arm in self.experiment.arms}
-        for row in self.arms:
-            if split_of.get(row.name) != "merit" or not row.outcomes:
-                continue
-            if all(outcome.estimate.sure > 0 for outcome in row.outcomes):
-                text = f"`{row.name}` beat every line: on mixtures like this one splitting pays by itself."
-            else:
-                text = (
-                    f"`{row.name}` did not beat every line: a shorter step towards joint training does as well. Split "
-                    "where GPUs are scattered, not for the loss."
-                )
-            rivals = [
-                c for c in self.contrasts if c.ours == row.name and split_of[c.theirs] == "random" and c.estimate
-            ]
-            if any(contrast.estimate and contrast.estimate.sure <= 0 for contrast in rivals):
-                text += f" It did not surely beat `{rivals[0].theirs}`: which groups one makes did not matter here."
-            found.append(text)
-        return found
-
 
 def _mean_of(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
@@ -371,6 +335,19 @@ def across_conditions(found: Sequence[Summary]) -> Estimate | None:
         if summary.eigengap is not None and summary.contrasts and summary.contrasts[0].estimate is not None
     ]
     return rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
+
+
+def predictors_across(found: Sequence[Summary]) -> list[dict[str, Any]]:
+    """The predictors of every arm of random splits, over several mixtures: mean of their rank correlations."""
+    arms = {arm.name for summary in found for arm in summary.experiment.arms if arm.split == "random"}
+    told = []
+    for arm in sorted(arms):
+        for metric in PREDICTORS:
+            with_it = [summary for summary in found if summary.cells.get(arm)]
+            estimate = mean_rank_correlation([summary.known_and_came(arm, metric) for summary in with_it])
+            if estimate is not None:
+                told.append({"arm": arm, "metric": metric, "estimate": estimate})
+    return told
 
 
 def summaries(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:

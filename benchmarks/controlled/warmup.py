@@ -1,15 +1,18 @@
 """A small Llama with a tokenizer of its own, warmed up on tasks and source code: a base that has learnt something.
 
-    python benchmarks/controlled/warmup.py benchmarks/controlled/tiny.yaml --output runs/controlled/tiny
+    cd benchmarks/controlled
+    python warmup.py tiny.yaml cause.yaml --output runs/controlled/tiny
 
-makes OUTPUT/base, as run.py would. It can be killed at any time; the same command goes on. What no arm may have seen
-(the validation and test rows of any task) is not in the corpus; the source files are those of Python's packages, since
-the tasks about code are made of its single modules.
+makes OUTPUT/base by the first YAML's recipe. It can be killed at any time; the same command goes on. What no arm may
+have seen (the validation and test rows of all tasks of all the YAMLs) is not in the corpus, and is named in
+OUTPUT/base/held_out.json; the source files are those of Python's packages, since the tasks about code are made of its
+single modules.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -37,6 +40,7 @@ TEMPLATE = (
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 CHUNK = 1200  # characters of a piece of source text
 CONTEXT = 1024
+HELD_OUT = "held_out.json"
 
 
 def documents(warmup: Warmup, excluded: Collection[str]) -> list[str]:
@@ -139,10 +143,11 @@ def build_base(warmup: Warmup, folder: Path, excluded: Collection[str], progress
     args = TrainingArguments(
         output_dir=str(part / "run"), max_steps=steps, per_device_train_batch_size=warmup.micro_batch_size,
         gradient_accumulation_steps=warmup.batch_size // warmup.micro_batch_size, bf16=warmup.bf16,
+        torch_compile=warmup.compile,
         learning_rate=warmup.learning_rate, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 50),
         weight_decay=0.1, adam_beta2=0.95, seed=warmup.seed, data_seed=warmup.seed, save_steps=warmup.save_steps,
         save_total_limit=2, logging_steps=20, report_to="none", disable_tqdm=True, remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     model = make_model(warmup, tokenizer)
     with progress.stage("Warm-up", total=steps, unit="steps") as stage:
@@ -152,9 +157,27 @@ def build_base(warmup: Warmup, folder: Path, excluded: Collection[str], progress
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.to("cpu").save_pretrained(part / "final")
     tokenizer.save_pretrained(part / "final")
+    (part / "final" / HELD_OUT).write_text(json.dumps(sorted(excluded), ensure_ascii=False), encoding="utf-8")
     os.rename(part / "final", folder)
     shutil.rmtree(part)
     return folder
+
+
+def check_held_out(folder: Path, held_out: Collection[str]) -> None:
+    """That a base which was made here has not seen what is held out now.
+
+    Raises:
+        ConfigError: it may have.
+    """
+    path = folder / HELD_OUT
+    if not path.is_file():
+        return
+    seen = {*held_out} - {*json.loads(path.read_text(encoding="utf-8"))}
+    if seen:
+        raise ConfigError(
+            f"{folder} may have seen {len(seen)} of the {len({*held_out})} prompts that are held out here, such as "
+            f"{min(seen)[:60]!r}. Make it again, and name this experiment's YAML to warmup.py as well."
+        )
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -197,7 +220,8 @@ def main() -> None:
     from material import Material
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="It can be killed, and goes on.")
-    parser.add_argument("experiment", type=Path, help="the experiment's YAML")
+    parser.add_argument("experiment", type=Path, help="the YAML of the experiment whose base this is")
+    parser.add_argument("others", type=Path, nargs="*", help="YAMLs of experiments that start from the same base")
     parser.add_argument("--output", type=Path, required=True, help="the experiment's folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args()
@@ -207,7 +231,8 @@ def main() -> None:
         warmup, folder = next(iter(experiments.values())).base.warmup, options.output / "base"
         if warmup is None:
             raise ConfigError(f"{options.experiment}: base has no `warmup`, so there is nothing to make.")
-        excluded = set().union(*(Material(e, options.output, folder).excluded() for e in experiments.values()))
+        every = [e for path in [options.experiment, *options.others] for e in read_experiment(path).values()]
+        excluded = set().union(*(Material(e, options.output, folder).excluded() for e in every))
         base = build_base(warmup, folder, excluded, Progress())
         sys.stderr.write(f"The base is in {base}.\n")
 
