@@ -99,6 +99,16 @@ def test_a_run_is_refused_by_a_gate_killed_and_resumed_and_repeats_and_loses_not
     check_rows(rows, experiment)
 
     whole = file.read_bytes()
+    content = yaml.safe_load(path.read_text())
+    for name, change, said in (
+        ("other arm", {"arms": [{**content["arms"][0], "batch": 2}, *content["arms"][1:]]}, "`arms.joint` was fixed"),
+        ("other gate", {"gates": {**content["gates"], "joint_gain": 0}}, "`gates` was fixed before"),
+    ):
+        other = tmp_path / f"{name}.yaml"
+        other.write_text(yaml.safe_dump({**content, **change}))
+        with pytest.raises(SystemExit):
+            main([str(other), "--output", str(output), "--force"])
+        assert said in capsys.readouterr().err
     main([*arguments, "--force"])
     assert file.read_bytes() == whole, "a finished experiment is not run again"
     assert not list((output / "work").glob("merit-2*")), "models are removed when their rows are there"
@@ -148,7 +158,7 @@ def check_rows(rows: list[dict[str, Any]], experiment: Any) -> None:
     names = {*experiment.data.datasets, *experiment.data.held_out}
     for arm, found in by_cell.items():
         plain = [row for row in found if row.get("lambda") is None and row.get("group") is None and row["dataset"]]
-        for split in ("val", "test"):
+        for split in ("val", "test") if arm == "base" else ("test",):
             assert {row["dataset"] for row in plain if row["split"] == split and row["metric"] == "loss"} == names
         assert {row["dataset"] for row in plain if row["metric"] == "score"} == names
         assert {row["split"] for row in plain if row["metric"] == "score"} == {"test"}
@@ -160,8 +170,12 @@ def check_rows(rows: list[dict[str, Any]], experiment: Any) -> None:
                         and r.get("group") is None and r.get("lambda") == place}
                 for place in (None, 0.5, 1.0, 1.5)
             }  # fmt: skip
-            assert at[1.0] == pytest.approx(at[None], rel=1e-4), "at λ = 1 stands the model itself"
+            if split == "test":
+                assert at[1.0] == pytest.approx(at[None], rel=1e-4), "at λ = 1 stands the model itself"
+            assert set(at[0.5]) == names
             assert at[0.5] != at[1.0] != at[1.5]
+        answered = [row for row in by_cell[arm] if row.get("lambda") == 0.5 and row["metric"] == "score"]
+        assert bool(answered) == (arm in experiment.outcome.lines)
     facts = {row["metric"] for row in by_cell["merit-2"] if row["dataset"] is None}
     assert {"within_group_cosine", "eigengap", "plan_agreement", "measured_gain", "predicted_gain@1"} <= facts
     assert {row.get("group") for row in by_cell["merit-2"]} >= {0, 1}

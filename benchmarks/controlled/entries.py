@@ -35,14 +35,21 @@ class CellRows:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An arm's excess over one line, and how many of its cells lie beyond what the line reaches."""
+    """An arm's excess over one line. `clipped`: cells that moved farther, or kept more, than any point of the line;
+    they are not in the estimate, which is None where no others are.
+    """
 
     line: str
     match: str
-    estimate: Estimate
+    estimate: Estimate | None
     won: int
     lost: int
     clipped: int
+
+    @property
+    def sure(self) -> int:
+        """1 above the line, −1 below, 0 where it cannot be told."""
+        return self.estimate.sure if self.estimate else 0
 
 
 @dataclass(frozen=True)
@@ -76,16 +83,22 @@ class Contrast:
     estimate: Estimate | None
     won: int = 0
     lost: int = 0
+    clipped: int = 0
+
+    @property
+    def sure(self) -> int:
+        return self.estimate.sure if self.estimate else 0
 
     @property
     def sentence(self) -> str:
         what = f"`{self.ours}` − `{self.theirs}`, excess over the line to `{self.line}` at equal {self.match}"
+        beyond = f" Left out: {self.clipped} beyond what the line reaches." if self.clipped else ""
         if self.estimate is None:
-            return f"{what}: not run at common order seeds."
+            return f"{what}: no cells to compare.{beyond}"
         verdict = {1: "better", -1: "worse", 0: "cannot be told from 0"}[self.estimate.sure]
         return (
-            f"{what}: {shown(self.estimate)} nats ({self.estimate.seeds} cells; {self.won} datasets won, {self.lost} "
-            f"lost): {verdict}.{self.estimate.caution}"
+            f"{what}: {shown(self.estimate)} nats ({self.estimate.seeds} cells of `{self.ours}`; {self.won} datasets "
+            f"won, {self.lost} lost): {verdict}.{beyond}{self.estimate.caution}"
         )
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from merit_hf.config import ConfigError
 
 BASE = "base"
+MEASURED_SPLITS = ("merit", "kmeans", "affinity")  # made of gradients
 LARGE_MIXTURE = 48  # datasets from which eight groups (3D) are worth asking for
 
 
@@ -128,10 +129,13 @@ class Arm(_Section):
 
 
 class Seeds(_Section):
-    """Crossed. plan: of samples, sketch, random splits. order: of the order of the examples."""
+    """plan: of samples, sketch, random splits. order: of the order of the examples. crossed: every plan seed with
+    every order seed; else each plan seed with one order seed, in turn, so that no split is made twice.
+    """
 
     plan: list[int] = [0]
     order: list[int] = [0]
+    crossed: bool = True
 
 
 class Tune(_Section):
@@ -144,7 +148,8 @@ class Lines(_Section):
     """Points θ0 + λ (θ − θ0).
 
     Args:
-        of: the arms whose lines are measured. lambdas: where. answers_at: where the model also answers.
+        of: the arms whose lines are measured. lambdas: where. answers_at: where models also answer, on the
+            lines of `outcome`.
     """
 
     of: list[str]
@@ -252,7 +257,9 @@ def seed_pairs(experiment: Experiment, arm: Arm) -> list[tuple[int | None, int]]
     if arm.kind in ("joint", "soup"):
         return [(None, order) for order in orders]
     plans = experiment.seeds.plan if arm.plan_seeds is None else arm.plan_seeds
-    return list(itertools.product(plans, orders))
+    if experiment.seeds.crossed:
+        return list(itertools.product(plans, orders))
+    return [(plan, orders[turn % len(orders)]) for turn, plan in enumerate(plans)]
 
 
 def cells(experiment: Experiment, rates: Mapping[str, float]) -> Iterator[Cell]:
@@ -338,7 +345,18 @@ def _check_arms(experiment: Experiment, where: str) -> None:
     if both:
         raise ConfigError(f"{where}: `{both[0]}` is in the mixture and held out of it. Take it out of one.")
     count = len(experiment.data.datasets)
+    samples = experiment.plan.get("num_samples")
     for arm in experiment.arms:
+        drawn = {seeds[0] for seeds in seed_pairs(experiment, arm)}
+        if (
+            arm.split in MEASURED_SPLITS
+            and len(drawn) > 1
+            and (samples or experiment.data.train) >= experiment.data.train
+        ):
+            raise ConfigError(
+                f"{where}: arm `{arm.name}`: {len(drawn)} plan seeds draw the same samples, since plan.num_samples is "
+                f"{samples} and data.train {experiment.data.train}. Ask for fewer samples."
+            )
         if (arm.kind == "split") != (arm.split is not None):
             raise ConfigError(f"{where}: arm `{arm.name}`: `split` belongs to kind split, and kind split needs one.")
         if (arm.split == "affinity") != (arm.affinity is not None):
@@ -363,6 +381,18 @@ def digest(experiment: Experiment) -> str:
         mode="json", exclude={"seeds", "arms", "outcome", "gates", "conditions", "lines", "claims", "question"}
     )
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fixed_beforehand(experiment: Experiment) -> dict[str, Any]:
+    """What may not change any more once cells have been run; arms and seeds may be added."""
+    fixed = experiment.model_dump(mode="json", include={"outcome", "gates", "lines"})
+    # Pairs may be added with the arms that they name.
+    pairs = {f"outcome.compare.{ours}.{theirs}": True for ours, theirs in fixed["outcome"].pop("compare")}
+    arms = {
+        f"arms.{arm.name}": arm.model_dump(mode="json", exclude={"diagnose", "plan_seeds", "order_seeds"})
+        for arm in experiment.arms
+    }
+    return {**fixed, **pairs, **arms}
 
 
 def commit() -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiment import Gates
+from tasks import TASKS
 
 Row = Mapping[str, Any]
 # Which facts each part of the measurement gives; later ones cost more.
@@ -97,9 +98,10 @@ def gate_facts(rows: Sequence[Row], gates: Gates, mixture: Sequence[str]) -> dic
     facts: dict[str, float | None] = {
         name: _of(rows, "plan", name) for name in ("split_half", "plan_agreement", "half_agreement", "eigengap")
     }
+    short = [name for name in mixture if not TASKS[name].free_form]
     base, joint = _mean(rows, "base", "loss", mixture), _mean(rows, gates.joint, "loss", mixture)
     facts["joint_gain"] = None if base is None or joint is None else base - joint
-    facts["exact_match"] = _mean(rows, gates.joint, "score", mixture)
+    facts["exact_match"] = _mean(rows, gates.joint, "score", short)
     rho = [row["value"] for row in rows if row["metric"].startswith("rho@")]
     predicted = [row["value"] for row in rows if row["metric"].startswith("predicted_gain@")]
     # A missing ρ is a predicted gain that cannot be told from 0: not the quadratic basin that is asked for.
@@ -115,7 +117,7 @@ def _of(rows: Sequence[Row], part: str, metric: str) -> float | None:
 
 
 def _mean(rows: Sequence[Row], part: str, metric: str, names: Sequence[str]) -> float | None:
-    """Over datasets of the mixture; scores are those of exact match, as free-form answers have other metrics."""
+    """Over the named datasets."""
     values = [
         row["value"] for row in rows if row["part"] == part and row["metric"] == metric and row["dataset"] in names
     ]

@@ -19,9 +19,8 @@ from merit_hf.sft import build_args, load_checkpoint, load_tokenizer, open_loss
 
 @dataclass(frozen=True)
 class Line:
-    """`displacement`: ‖θ − θ0‖. losses: {λ: {dataset: nats a loss token}}. saved: {λ: folder of the model there}."""
+    """losses: {λ: {dataset: nats a loss token}}. saved: {λ: folder of the model there}."""
 
-    displacement: float
     losses: dict[float, dict[str, float]]
     saved: dict[float, Path]
 
@@ -56,7 +55,6 @@ def measure_line(
     saved: dict[float, Path] = {}
     with open_loss(model, tokenizer, args, rows.rows) as trainer:
         mover, measured = Mover(model, sources), RowLosses(trainer, rows, tokens_per_batch)
-        displacement = float(np.sqrt(mover.grams(["end"])[0].sum()))
         for position in sorted({*lambdas, *saved_at}):
             mover.move_to(Point.of({"base": 1 - position, "end": position}))
             if position in lambdas:
@@ -69,4 +67,16 @@ def measure_line(
                 saved[position] = scratch / f"at-{position:g}"
                 model.save_pretrained(saved[position])
                 tokenizer.save_pretrained(saved[position])
-    return Line(displacement, losses, saved)
+    return Line(losses, saved)
+
+
+def measure_displacement(plan: PartitionPlan, model_folder: Path) -> float:
+    """‖θ − θ0‖ of a model.
+
+    Raises:
+        MeritError: it does not fit the base, or a weight is not finite.
+    """
+    base = plan.base_folder()
+    model = load_checkpoint(base, base, build_args(float32_settings(plan)))
+    mover = Mover(model, dict(zip(("base", "end"), align(base, [model_folder]), strict=True)))
+    return float(np.sqrt(mover.grams(["end"])[0].sum()))

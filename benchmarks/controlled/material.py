@@ -67,19 +67,16 @@ class Material:
         Raises:
             ConfigError: no such task, a package that is missing, or too few examples.
         """
+        from warmup import build_base, check_held_out
+
         self._write((TRAIN, VAL))
         base = self.experiment.base
         if base.warmup is not None:
-            from warmup import build_base
-
             build_base(base.warmup, self.base_folder, self.excluded() | {*excluded}, progress)
         elif base.model == SMOLLM2:
             self.base_folder.parent.mkdir(parents=True, exist_ok=True)
             make_smollm2(self.base_folder)
-        else:
-            from warmup import check_held_out
-
-            check_held_out(Path(self.base), self.excluded())
+        check_held_out(Path(self.base), self.excluded())
 
     def excluded(self) -> set[str]:
         """Prompts of validation and test rows, which a warm-up must not see."""

@@ -47,16 +47,22 @@ class Curve:
 
 @dataclass(frozen=True)
 class Match:
-    """Where on a line a model is compared with it. `clipped`: the line ends before it is reached."""
+    """Where on a line a model is compared with it. `clipped`: no point of the line moved as far, or kept as much."""
 
     position: float
     clipped: bool
 
 
-def match_displacement(curve: Curve, displacement: float) -> Match:
-    """λ = D / ‖θ − θ0‖: the point that moved as far; the line's last one where it ends before."""
-    position, end = displacement / curve.length, float(curve.lambdas[-1])
-    return Match(min(position, end), position > end * (1 + 1e-9))
+def match_displacement(curve: Curve, mixture: Sequence[str], displacement: float) -> Match:
+    """The best point that moved no farther: argmin over λ ≤ D / ‖θ − θ0‖ of the mixture's loss.
+
+    That is the point which moved as far, but where the line has passed its lowest loss before. Clipped where the line
+    ends before it has moved as far.
+    """
+    place, end = displacement / curve.length, float(curve.lambdas[-1])
+    positions = np.linspace(0.0, min(place, end), GRID)
+    loss = curve.at(positions, mixture).mean(axis=1)
+    return Match(float(positions[int(np.argmin(loss))]), place > end * (1 + 1e-9))
 
 
 def match_forgetting(curve: Curve, mixture: Sequence[str], held_out: Sequence[str], forgotten: float) -> Match:
@@ -82,7 +88,7 @@ def excess(curve: Curve, match: Match, losses: Mapping[str, float], names: Seque
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its percentile interval; None where fewer than two things could be drawn.
+    """A mean with its interval; None where fewer than two things could be drawn.
 
     `seeds`: how many cells it rests on. `drawn`: what the interval draws anew.
     """
@@ -91,7 +97,7 @@ class Estimate:
     low: float | None
     high: float | None
     seeds: int
-    drawn: str
+    drawn: tuple[str, ...]
 
     @property
     def sure(self) -> int:
@@ -103,19 +109,22 @@ class Estimate:
     @property
     def caution(self) -> str:
         """A sentence where the interval knows nothing of other seeds; else nothing."""
-        return " One pair of seeds: the interval knows the spread over datasets alone." if self.seeds == 1 else ""
+        missing = [name for name in ("plan seeds", "order seeds") if name not in self.drawn]
+        return f" The interval knows nothing of other {' and '.join(missing)}." if missing else ""
 
 
 # (plan seed, order seed); None where there is none.
 Seeds = tuple[int | None, int | None]
+Table = Mapping[Seeds, Mapping[str, float]]
 
 
-def crossed_mean(table: Mapping[Seeds, Mapping[str, float]], seed: int = 0) -> Estimate:
-    """Mean over cells and datasets, and its interval under a crossed bootstrap.
+def crossed_mean(table: Table, seed: int = 0) -> Estimate:
+    """Mean over cells and datasets, and its interval by the bootstrap.
 
-    Plan seeds, order seeds and datasets are crossed: each is drawn anew with replacement by itself, and a value counts
-    the product of how often its plan seed, its order seed and its dataset were drawn. (Owen 2007: for crossed factors
-    such intervals are at worst too wide.) A factor with one level is not drawn.
+    Plan seeds, order seeds and datasets are crossed factors: each is drawn anew with replacement while the others
+    stay, which gives its share of the variance, and the shares are added. (What two factors do together is then in
+    both shares: on the wide side.) With few levels a normal quantile would be too small, so it is a t quantile. A
+    factor with one level is not drawn.
 
     Args:
         table: {seeds: {dataset: value}}, the same datasets in every cell.
@@ -123,9 +132,7 @@ def crossed_mean(table: Mapping[Seeds, Mapping[str, float]], seed: int = 0) -> E
     return _estimate([table], seed)
 
 
-def crossed_difference(
-    ours: Mapping[Seeds, Mapping[str, float]], theirs: Mapping[Seeds, Mapping[str, float]], seed: int = 0
-) -> Estimate | None:
+def crossed_difference(ours: Table, theirs: Table, seed: int = 0) -> Estimate | None:
     """Mean of ours − mean of theirs, on the order seeds and datasets that both have; None where they have none.
 
     Order seeds and datasets are drawn once for both, which pairs them. Plan seeds are drawn for each by itself: one
@@ -136,7 +143,7 @@ def crossed_difference(
 
 
 def common_orders(
-    ours: Mapping[Seeds, Mapping[str, float]], theirs: Mapping[Seeds, Mapping[str, float]]
+    ours: Table, theirs: Table
 ) -> tuple[dict[Seeds, Mapping[str, float]], dict[Seeds, Mapping[str, float]]]:
     """Both, without the cells whose order seed the other has not."""
     orders = {seeds[1] for seeds in ours} & {seeds[1] for seeds in theirs}
@@ -144,30 +151,51 @@ def common_orders(
     return first, second
 
 
-def _estimate(tables: Sequence[Mapping[Seeds, Mapping[str, float]]], seed: int) -> Estimate:
+def _estimate(tables: Sequence[Table], seed: int) -> Estimate:
     """Mean of the first table, less that of the second where there is one."""
     names = sorted(next(iter(tables[0].values())))
     orders = sorted({cell[1] for table in tables for cell in table}, key=str)
-    rng = np.random.default_rng(seed)
-    by_name, by_order = _counts(rng, len(names)), _counts(rng, len(orders))
-    levels = {"order seeds": len(orders), "datasets": len(names), "plan seeds": 1}
-    point, draws = 0.0, np.zeros(NUM_DRAWS)
-    for sign, table in zip((1, -1), tables, strict=False):
-        values = np.array([[cell[name] for name in names] for cell in table.values()], dtype=np.float64)
-        plans = _levels([cell[0] for cell in table])
-        by_plan = _counts(rng, int(plans.max()) + 1)
-        levels["plan seeds"] = max(levels["plan seeds"], int(plans.max()) + 1)
-        weights = by_plan[:, plans] * by_order[:, [orders.index(cell[1]) for cell in table]]
-        mass = (weights.sum(axis=1) * by_name.sum(axis=1)).astype(np.float64)
-        total = np.einsum("dc,cn,dn->d", weights, values, by_name)
-        # Where plan and order seeds are not fully crossed, a draw may take no cell at all.
-        draws += sign * np.divide(total, mass, out=np.full(NUM_DRAWS, np.nan), where=mass > 0)
-        point += sign * float(values.mean())
-    drawn = [name for name, size in levels.items() if size > 1]
-    if not drawn:
-        return Estimate(point, None, None, len(tables[0]), "")
-    low, high = np.nanquantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(point, float(low), float(high), len(tables[0]), ", ".join(drawn))
+    values = [np.array([[cell[name] for name in names] for cell in table.values()], dtype=float) for table in tables]
+    order_of = [np.array([orders.index(cell[1]) for cell in table]) for table in tables]
+    plan_of = [_levels([cell[0] for cell in table]) for table in tables]
+    sizes = {"order seeds": len(orders), "datasets": len(names)}
+    # Each table's plan seeds are a factor of its own.
+    sizes |= {f"plan seeds {number}": int(plans.max()) + 1 for number, plans in enumerate(plan_of)}
+    rng, signs = np.random.default_rng(seed), (1, -1)
+    variances = {}
+    for factor, size in sizes.items():
+        if size < 2:
+            continue
+        # One level fewer than there are: else few levels would look like less variance than they have.
+        counts = rng.multinomial(size - 1, np.full(size, 1 / size), NUM_DRAWS)
+        draws = np.zeros(NUM_DRAWS)
+        for number, (sign, table) in enumerate(zip(signs, values, strict=False)):
+            by_order = counts if factor == "order seeds" else np.ones((1, len(orders)))
+            by_plan = counts if factor == f"plan seeds {number}" else np.ones((1, int(plan_of[number].max()) + 1))
+            by_name = counts if factor == "datasets" else np.ones((1, len(names)))
+            weights = by_order[:, order_of[number]] * by_plan[:, plan_of[number]]
+            total = ((weights @ table) * by_name).sum(axis=1)
+            mass = weights.sum(axis=1) * by_name.sum(axis=1)
+            # Where plan and order seeds are not fully crossed, a draw may take no cell at all.
+            draws += sign * np.divide(total, mass, out=np.full(len(total), np.nan), where=mass > 0)
+        variances[factor] = float(np.nanvar(draws))
+    point = float(sum(sign * table.mean() for sign, table in zip(signs, values, strict=False)))
+    drawn = tuple(dict.fromkeys(name.rstrip(" 01") for name in variances))
+    if not variances:
+        return Estimate(point, None, None, len(values[0]), drawn)
+    half = _half_width(variances, sizes)
+    return Estimate(point, point - half, point + half, len(values[0]), drawn)
+
+
+def _half_width(variances: Mapping[str, float], sizes: Mapping[str, int]) -> float:
+    """t · √ΣV, with the degrees of freedom of Satterthwaite 1946: (ΣV)² ÷ Σ V²/(levels − 1)."""
+    from scipy.stats import t
+
+    total = sum(variances.values())
+    if total <= 0:
+        return 0.0
+    freedom = total**2 / sum(v**2 / (sizes[name] - 1) for name, v in variances.items())
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * total**0.5
 
 
 def _levels(labels: Sequence[int | None]) -> np.ndarray:
@@ -175,14 +203,7 @@ def _levels(labels: Sequence[int | None]) -> np.ndarray:
     return np.array([order[label] for label in labels])
 
 
-def _counts(rng: np.random.Generator, size: int) -> np.ndarray:
-    """How often each of `size` levels is drawn, [NUM_DRAWS, size]; once where there is one."""
-    return rng.multinomial(size, np.full(size, 1 / size), NUM_DRAWS) if size > 1 else np.ones((NUM_DRAWS, 1), int)
-
-
-def won_and_lost(
-    ours: Mapping[Seeds, Mapping[str, float]], theirs: Mapping[Seeds, Mapping[str, float]] | None = None
-) -> tuple[int, int]:
+def won_and_lost(ours: Table, theirs: Table | None = None) -> tuple[int, int]:
     """Datasets whose mean over the cells lies above 0 (or above theirs, at common order seeds), and below."""
     first, second = (ours, None) if theirs is None else common_orders(ours, theirs)
     gaps = []
@@ -211,12 +232,13 @@ def mean_rank_correlation(
     known = [(x, y) for x, y in known if len(x) >= 5 and np.ptp(x) > 0 and np.ptp(y) > 0]
     if not known:
         return None
-    rng = np.random.default_rng(seed)
+    # Of one seed each: where splits are of the same plan seeds in every mixture, those are drawn once for all.
+    rows = [np.random.default_rng(seed).integers(0, len(x), (NUM_DRAWS, len(x))) for x, _ in known]
     # A draw that takes one split only, again and again, has no ranks; the other mixtures stand for it.
-    draws = np.nanmean([_spearman(x, y, rng.integers(0, len(x), (NUM_DRAWS, len(x)))) for x, y in known], axis=0)
+    draws = np.nanmean([_spearman(x, y, drawn) for (x, y), drawn in zip(known, rows, strict=True)], axis=0)
     point = float(np.mean([_spearman(x, y, np.arange(len(x))[None])[0] for x, y in known]))
     low, high = np.nanquantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(point, float(low), float(high), sum(len(x) for x, _ in known), "splits")
+    return Estimate(point, float(low), float(high), sum(len(x) for x, _ in known), ("splits",))
 
 
 def _spearman(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> np.ndarray:

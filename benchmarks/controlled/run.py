@@ -29,6 +29,7 @@ from experiment import (
     cells,
     commit,
     digest,
+    fixed_beforehand,
     machine,
     read_experiment,
     seed_pairs,
@@ -36,7 +37,7 @@ from experiment import (
 )
 from gates import AFTER_TRAINING, BEFORE_TRAINING, gate_facts, judge
 from material import VAL, Material
-from record import CHOICE, GATE, SETUP, TUNE, Record, select
+from record import CHOICE, GATE, RUN, SETUP, TUNE, Record, select
 from stages import Row, Stages, fact, plan_metrics
 from workers import rows_of_cells
 
@@ -88,12 +89,21 @@ class Run:
         self._matrix(rates)
 
     def _check_settings(self) -> None:
+        """That the recorded results are of these settings: of what is measured, and of what was fixed beforehand."""
         found = self.known(phase=SETUP)
         if found and found[0]["digest"] != digest(self.experiment):
             raise ConfigError(
                 f"{self.record.path}: holds results of other settings than {self.experiment.name}'s (data, base, "
                 "plan, sft, tune, evaluation or diagnosis). Give another --output, or delete it."
             )
+        if found and self.known(phase=RUN):
+            before = fixed_beforehand(Experiment.model_validate(found[-1]["experiment"]))
+            changed = [key for key, value in before.items() if fixed_beforehand(self.experiment).get(key) != value]
+            if changed:
+                raise ConfigError(
+                    f"{self.record.path}: cells have been run, and `{changed[0]}` was fixed before them. Put it back, "
+                    "or give another --output."
+                )
 
     def _setup(self) -> None:
         """What the results are of: the experiment, the base's weights, the machine."""

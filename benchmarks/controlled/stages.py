@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment import BASE, Cell, Experiment, commit, seed_pairs
-from lines import Line, measure_line
+from experiment import BASE, MEASURED_SPLITS, Cell, Experiment, commit, seed_pairs
+from lines import Line, measure_displacement, measure_line
 from material import TEST, VAL, Material
 from outcomes import within_group_cosine
 
@@ -31,7 +31,6 @@ from merit_hf.rounds import round_config, round_record
 from merit_hf.training import train_group
 
 Row = dict[str, Any]
-MEASURED_SPLITS = ("merit", "kmeans", "affinity")
 LEDGER = {"input": "num_input_tokens", "loss": "num_loss_tokens", "padding": "num_padding_tokens"}
 
 
@@ -97,12 +96,20 @@ class Stages:
         folder = self.folder / "plans" / f"measured-p{plan_seed}"
         return MeritPlanner(self.material.measured(plan_seed), self.progress).plan(folder)
 
+    def parent_of(self, cell: Cell) -> PartitionPlan | None:
+        """The plan whose gradients a cell's split is made of; None where it is made of none."""
+        if self.experiment.arm(cell.arm).split in MEASURED_SPLITS and cell.plan_seed is not None:
+            return self.measured_plan(cell.plan_seed)
+        return None
+
+    def matrix_of(self, cell: Cell) -> PartitionPlan:
+        """The plan whose conflict matrix a split is looked at by; one for all splits that are made of no gradients."""
+        first = seed_pairs(self.experiment, self.experiment.arm(self.experiment.gates.merit))[0][0]
+        return self.parent_of(cell) or self.measured_plan(first or 0)
+
     def plans(self, cell: Cell) -> list[tuple[MeritConfig, PartitionPlan]]:
         """The CONFIGs of a cell and their plans, of all rows at θ0."""
-        arm = self.experiment.arm(cell.arm)
-        parent = None
-        if arm.split in MEASURED_SPLITS and cell.plan_seed is not None:
-            parent = self.measured_plan(cell.plan_seed)
+        parent = self.parent_of(cell)
         place, found = self.place / cell.work, []
         for number, config in enumerate(self.material.of_cell(cell, parent)):
             plan = MeritPlanner(config, self.quiet, parent=parent).plan(place / f"plan-{number}")
@@ -188,8 +195,10 @@ class Stages:
         for split in (VAL,) if self.material.sealed else (VAL, TEST):
             self.yardstick(split)
         for cell in wanted:
-            measured = self.experiment.arm(cell.arm).kind == "split" and cell.plan_seed is not None
-            self.material.of_cell(cell, self.measured_plan(cell.plan_seed) if measured else None)
+            parent = self.parent_of(cell)
+            if self.experiment.arm(cell.arm).kind == "split":
+                self.matrix_of(cell)
+            self.material.of_cell(cell, parent)
 
     def cell(self, cell: Cell) -> list[Row]:
         """The rows of a cell of the matrix, or of a learning rate that is tried."""
@@ -211,20 +220,18 @@ class Stages:
         return self.rows(cell, "tune", found, trained)
 
     def run_cell(self, cell: Cell) -> list[Row]:
-        """Everything that is measured of a cell: on validation rows, and on test rows, which nothing is chosen by."""
+        """Everything that is measured of a cell on test rows, which nothing is chosen by, and lines on both parts."""
         section, arm = self.experiment.evaluation, self.experiment.arm(cell.arm)
         try:
             trained = self.train(cell)
             models = {cell.arm: trained.model}
             if section.groups and len(trained.groups) > 1 and arm.rounds == 1:
                 models |= {f"group-{number}": folder for number, folder in enumerate(trained.groups)}
-            found = self.evaluated(models, VAL) + self.evaluated(models, TEST, section.answers)
+            found = self.evaluated(models, TEST, section.answers)
             lines = self.experiment.lines
-            points = lines.lambdas if cell.arm in lines.of else []
-            displacement = 0.0
-            for split in (VAL, TEST):
-                line = self.line(cell, trained.model, split, points, lines.answers_at if points else [])
-                displacement = line.displacement
+            displacement = measure_displacement(self.yardstick(TEST), trained.model)
+            for split in (VAL, TEST) if cell.arm in lines.of else ():
+                line = self.line(cell, trained.model, split, lines.lambdas, self._answers_at(cell))
                 found += [
                     {"dataset": name, "split": split, "metric": "loss", "value": value, "lambda": position}
                     for position, losses in line.losses.items()
@@ -240,6 +247,10 @@ class Stages:
             return self._failed(cell, "run", error)
         return self.rows(cell, "run", found, trained, displacement)
 
+    def _answers_at(self, cell: Cell) -> Sequence[float]:
+        """Where on a line models answer: on those that arms are held against."""
+        return self.experiment.lines.answers_at if cell.arm in self.experiment.outcome.lines else ()
+
     def line(self, cell: Cell, model: Path, split: str, points: Sequence[float], answers_at: Sequence[float]) -> Line:
         section = self.experiment.evaluation
         samples = section.test_samples if split == TEST else section.val_samples
@@ -254,7 +265,7 @@ class Stages:
         arm, plan = self.experiment.arm(cell.arm), trained.plans[0]
         if arm.kind != "split" or cell.plan_seed is None:
             return []
-        measured = self.measured_plan(cell.plan_seed)
+        measured = self.matrix_of(cell)
         assert measured.conflict_matrix is not None
         groups = {dataset.name: dataset.group for dataset in plan.datasets}
         cosine = within_group_cosine(measured.conflict_matrix, [groups[name] for name in measured.names])

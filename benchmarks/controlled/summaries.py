@@ -29,7 +29,12 @@ from record import CHOICE, GATE, RUN, SETUP
 from tasks import TASKS
 
 MATCHES = ("displacement", "forgetting")
-PREDICTORS = ("within_group_cosine", "predicted_gain@1", "measured_gain", "displacement", "largest_share")
+# What is known of a split, and from when on.
+BEFOREHAND, TRAINED = "before training", "when the groups are trained"
+PREDICTORS = {
+    "within_group_cosine": BEFOREHAND, "largest_share": BEFOREHAND, "predicted_gain@1": TRAINED,
+    "measured_gain": TRAINED, "displacement": TRAINED,
+}  # fmt: skip
 
 
 class Summary:
@@ -98,7 +103,9 @@ class Summary:
                 cell.points[row["split"], row["lambda"], row["metric"]][row["dataset"]] = row["value"]
         for arm in self.experiment.lines.of:
             if arm in found:
-                found[f"{arm}·λ"] = {seeds: self._best_point(cell) for seeds, cell in found[arm].items()}
+                found[f"{arm}·λ"] = {
+                    seeds: self._best_point(cell) for seeds, cell in found[arm].items() if cell.points
+                }
         return dict(found)
 
     def _best_point(self, cell: CellRows) -> CellRows:
@@ -136,7 +143,9 @@ class Summary:
         return Curve(np.array([0.0, *lambdas]), cell.displacement, losses)
 
     def excesses(self, arm: str, line: str, match: str) -> tuple[dict[Seeds, dict[str, float]], int]:
-        """{seeds: {dataset: excess}} on test rows of the mixture, and how many cells were beyond the line."""
+        """{seeds: {dataset: excess}} on test rows of the mixture, and in how many cells no point of the line moved as
+        far or kept as much: those are not in it, since there is nothing to hold them against.
+        """
         found, clipped = {}, 0
         base = self.cells[BASE][None, None]
         for seeds, cell in self.cells.get(arm, {}).items():
@@ -144,12 +153,13 @@ class Summary:
             if curve is None:
                 continue
             if match == "displacement":
-                place = match_displacement(curve, cell.displacement)
+                place = match_displacement(curve, self.mixture, cell.displacement)
             else:
                 forgotten = cell.loss(self.held_out) - base.loss(self.held_out)
                 place = match_forgetting(curve, self.mixture, self.held_out, forgotten)
-            found[seeds] = excess(curve, place, cell.values[TEST, "loss"], self.mixture)
             clipped += place.clipped
+            if not place.clipped:
+                found[seeds] = excess(curve, place, cell.values[TEST, "loss"], self.mixture)
         return found, clipped
 
     # ------------------------------------------------------------ tables
@@ -242,9 +252,8 @@ class Summary:
         for line in self.experiment.outcome.lines:
             for match in MATCHES:
                 table, clipped = self.excesses(name, line, match)
-                if table:
-                    won, lost = won_and_lost(table)
-                    found.append(Outcome(line, match, crossed_mean(table), won, lost, clipped))
+                won, lost = won_and_lost(table) if table else (0, 0)
+                found.append(Outcome(line, match, crossed_mean(table) if table else None, won, lost, clipped))
         return found
 
     @cached_property
@@ -253,19 +262,24 @@ class Summary:
         for ours, theirs in self.experiment.outcome.compare:
             for line in self.experiment.outcome.lines:
                 for match in MATCHES:
-                    first, second = (self.excesses(name, line, match)[0] for name in (ours, theirs))
+                    (first, beyond), (second, others) = (self.excesses(n, line, match) for n in (ours, theirs))
                     estimate = crossed_difference(first, second) if first and second else None
                     won, lost = won_and_lost(first, second) if estimate else (0, 0)
-                    found.append(Contrast(ours, theirs, line, match, estimate, won, lost))
+                    found.append(Contrast(ours, theirs, line, match, estimate, won, lost, beyond + others))
         return found
+
+    @property
+    def joint_tokens(self) -> float | None:
+        """Input tokens of the gates' joint arm, by its ledger."""
+        row = next(row for row in self.arms if row.name == self.experiment.gates.joint)
+        return row.tokens["input"] if row.tokens else None
 
     @cached_property
     def equal_tokens(self) -> str:
         """The ledgers' input tokens over the arms, in words."""
-        first = next((row for row in self.arms if row.name == self.experiment.gates.joint and row.tokens), None)
-        if first is None or first.tokens is None:
+        joint = self.joint_tokens
+        if joint is None:
             return "No joint run to hold the arms' tokens against."
-        joint = first.tokens["input"]
         trained = [row for row in self.arms if row.name != BASE and "·" not in row.name and row.done]
         ratios = {row.name: row.tokens["input"] / joint for row in trained if row.tokens}
         other = {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 1e-9}
@@ -283,25 +297,27 @@ class Summary:
         found = []
         for arm in self.experiment.arms:
             if arm.split == "random" and self.cells.get(arm.name):
-                for metric in PREDICTORS:
+                for metric, when in PREDICTORS.items():
                     x, y = self.known_and_came(arm.name, metric)
                     estimate = rank_correlation(x, y)
-                    found.append({"arm": arm.name, "metric": metric, "splits": len(x), "estimate": estimate})
+                    found.append(
+                        {"arm": arm.name, "metric": metric, "when": when, "splits": len(x), "estimate": estimate}
+                    )
         return found
 
     def known_and_came(self, arm: str, metric: str) -> tuple[list[float], list[float]]:
-        """Of every split of an arm, what is known beforehand, and its mean excess over the first line at equal
-        displacement.
+        """Of every split of an arm (mean over order seeds), what is known of it, and its excess over the first line at
+        equal displacement.
         """
         table = self.excesses(arm, self.experiment.outcome.lines[0], MATCHES[0])[0]
-        x, y = [], []
+        known: dict[int | None, list[tuple[float, float]]] = defaultdict(list)
         for seeds, values in table.items():
             cell = self.cells[arm][seeds]
-            known = cell.displacement if metric == "displacement" else cell.facts.get(metric)
-            if known is not None:
-                x.append(known)
-                y.append(float(np.mean(list(values.values()))))
-        return x, y
+            fact = cell.displacement if metric == "displacement" else cell.facts.get(metric)
+            if fact is not None:
+                known[seeds[0]].append((fact, float(np.mean(list(values.values())))))
+        means = [np.mean(known[plan], axis=0) for plan in sorted(known, key=str)]
+        return [float(x) for x, _ in means], [float(y) for _, y in means]
 
     @cached_property
     def eigengap(self) -> float | None:
@@ -328,7 +344,10 @@ def _mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def across_conditions(found: Sequence[Summary]) -> Estimate | None:
-    """Rank correlation over conditions of the eigengap with the first pair's difference of the primary outcome."""
+    """Rank correlation over an experiment's conditions of the eigengap with the first pair's difference of the primary
+    outcome.
+    """
+    found = [summary for summary in found if summary.condition]
     pairs = [
         (summary.eigengap, summary.contrasts[0].estimate.value)
         for summary in found
@@ -342,11 +361,11 @@ def predictors_across(found: Sequence[Summary]) -> list[dict[str, Any]]:
     arms = {arm.name for summary in found for arm in summary.experiment.arms if arm.split == "random"}
     told = []
     for arm in sorted(arms):
-        for metric in PREDICTORS:
+        for metric, when in PREDICTORS.items():
             with_it = [summary for summary in found if summary.cells.get(arm)]
             estimate = mean_rank_correlation([summary.known_and_came(arm, metric) for summary in with_it])
             if estimate is not None:
-                told.append({"arm": arm, "metric": metric, "estimate": estimate})
+                told.append({"arm": arm, "metric": metric, "when": when, "estimate": estimate})
     return told
 
 

@@ -29,6 +29,7 @@ from tasks import make_examples
 
 from merit_hf.config import ConfigError
 from merit_hf.entry import exit_on_error
+from merit_hf.plan_identity import canonical_sha256
 from merit_hf.progress import Progress
 from merit_hf.quiet import quiet_libraries
 from merit_hf.training import last_checkpoint
@@ -120,7 +121,7 @@ def build_base(warmup: Warmup, folder: Path, excluded: Collection[str], progress
     from transformers.trainer_callback import PrinterCallback
 
     part = folder.with_name(f"{folder.name}.part")
-    _same_recipe(part, warmup)
+    _same_recipe(part, {**warmup.model_dump(), "held_out": canonical_sha256(sorted(excluded))})
     if not (part / "blocks.npy").exists():
         texts = documents(warmup, excluded)
         tokenizer = make_tokenizer(texts[: max(1000, len(texts) // 10)], warmup.vocab_size)
@@ -207,12 +208,14 @@ def _shown(stage: Any, warmup: Warmup) -> Any:
     return Shown()
 
 
-def _same_recipe(part: Path, warmup: Warmup) -> None:
+def _same_recipe(part: Path, content: dict[str, Any]) -> None:
     """Work that another recipe left is not gone on with."""
     part.mkdir(parents=True, exist_ok=True)
-    recipe, wanted = part / "recipe.json", warmup.model_dump_json()
+    recipe, wanted = part / "recipe.json", json.dumps(content)
     if recipe.exists() and recipe.read_text(encoding="utf-8") != wanted:
-        raise ConfigError(f"{part} was begun with other settings. Delete it, or give another --output.")
+        raise ConfigError(
+            f"{part} was begun with other settings, or held out other prompts. Delete it, or give another --output."
+        )
     recipe.write_text(wanted, encoding="utf-8")
 
 
