@@ -25,7 +25,7 @@ from merit_hf.progress import Progress
 from merit_hf.training import last_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "controlled"
-KINDS = ("joint", "soup-2", "examples-2", "merit-2", "negative-2", "rounds-2")
+KINDS = ("joint", "soup-2", "examples-2", "merit-2", "negative-2", "layers-2", "rounds-2")
 
 
 def small_experiment(folder: Path) -> Path:
@@ -176,6 +176,9 @@ def check_rows(rows: list[dict[str, Any]], experiment: Any) -> None:
             assert at[0.5] != at[1.0] != at[1.5]
         answered = [row for row in by_cell[arm] if row.get("lambda") == 0.5 and row["metric"] == "score"]
         assert bool(answered) == (arm in experiment.outcome.lines)
+    chosen = {r["metric"]: r["value"] for r in by_cell["layers-2"] if r["metric"].startswith("lambda@layer")}
+    assert chosen.keys() >= {"lambda@layer 00", "lambda@layer 01"}
+    assert set(chosen.values()) <= {0.5, 1.0, 1.5}
     facts = {row["metric"] for row in by_cell["merit-2"] if row["dataset"] is None}
     assert {"within_group_cosine", "eigengap", "plan_agreement", "measured_gain", "predicted_gain@1"} <= facts
     assert {row.get("group") for row in by_cell["merit-2"]} >= {0, 1}

@@ -64,6 +64,12 @@ def test_rho_is_1_and_gradients_agree_on_a_quadratic_model_read_from_files(tmp_p
     for step in found["ladder"]:
         assert step["rho"]["value"] == pytest.approx(1.0, abs=1e-6)
 
+    # A point for some tensors leaves the others where they are.
+    mover.move_to(Point.of({"base": 1.0}))
+    mover.move_to(Point.of({"group-0": 1.0}), ["second"])
+    assert torch.equal(toy.first, sources["base"].flat("first").view(2, 3))
+    assert torch.equal(toy.second, sources["group-0"].flat("second"))
+
     by_tensor = np.zeros(2)
     for group, weight in WEIGHTS.items():
         direction = {f"group-{k}": (k == group) - w for k, w in WEIGHTS.items()}

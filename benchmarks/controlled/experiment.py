@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +101,7 @@ class Arm(_Section):
         groups: K. batch: times the effective batch of `sft`. sft, plan, merge: over those of the experiment.
         affinity: `negative` splits by the debiased cosines below 0 alone.
         learning_rate: fixed; else the best of `tune` on validation data. tuned_as: takes that of another arm.
+        layers: λs of which every layer of the merged model gets its best, on validation rows.
         rounds: of merging and going on from there, as `run.rounds`; replan: with gradients anew, as `run.replan`.
         diagnose: measure gains, ρ and barriers of the first so many cells.
         plan_seeds, order_seeds: in place of the experiment's.
@@ -116,6 +113,7 @@ class Arm(_Section):
     groups: int = Field(default=1, ge=1)
     batch: float = Field(default=1.0, gt=0)
     affinity: Literal["negative"] | None = None
+    layers: list[float] = []
     rounds: int = Field(default=1, ge=1)
     replan: bool = False
     sft: dict[str, Any] = {}
@@ -363,6 +361,10 @@ def _check_arms(experiment: Experiment, where: str) -> None:
             raise ConfigError(f"{where}: arm `{arm.name}`: `affinity` belongs to split affinity, which needs it.")
         if arm.rounds > 1 and (arm.kind != "split" or arm.diagnose):
             raise ConfigError(f"{where}: arm `{arm.name}`: rounds are of kind split, and are not diagnosed.")
+        if arm.layers and (arm.kind == "joint" or arm.diagnose):
+            raise ConfigError(
+                f"{where}: arm `{arm.name}`: `layers` are of merged models, which are not diagnosed then."
+            )
         if arm.kind == "joint" and arm.groups != 1:
             raise ConfigError(f"{where}: arm `{arm.name}`: a joint run has one group, not {arm.groups}.")
         if arm.kind != "joint" and arm.groups < 2:
@@ -373,42 +375,3 @@ def _check_arms(experiment: Experiment, where: str) -> None:
             raise ConfigError(
                 f"{where}: arm `{arm.name}`: eight groups need {LARGE_MIXTURE} datasets or more, there are {count}."
             )
-
-
-def digest(experiment: Experiment) -> str:
-    """Of all that decides a result: everything but the seeds and the arms, so that both may grow."""
-    content = experiment.model_dump(
-        mode="json", exclude={"seeds", "arms", "outcome", "gates", "conditions", "lines", "claims", "question"}
-    )
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def fixed_beforehand(experiment: Experiment) -> dict[str, Any]:
-    """What may not change any more once cells have been run; arms and seeds may be added."""
-    fixed = experiment.model_dump(mode="json", include={"outcome", "gates", "lines"})
-    # Pairs may be added with the arms that they name.
-    pairs = {f"outcome.compare.{ours}.{theirs}": True for ours, theirs in fixed["outcome"].pop("compare")}
-    arms = {
-        f"arms.{arm.name}": arm.model_dump(mode="json", exclude={"diagnose", "plan_seeds", "order_seeds"})
-        for arm in experiment.arms
-    }
-    return {**fixed, **pairs, **arms}
-
-
-def commit() -> str:
-    """The repository's commit, marked where files differ from it."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
-
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain") else "")
-
-
-def machine() -> str:
-    """In words, without a name."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"one {torch.cuda.get_device_name(0)}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

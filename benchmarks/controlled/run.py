@@ -27,16 +27,13 @@ from experiment import (
     Cell,
     Experiment,
     cells,
-    commit,
-    digest,
-    fixed_beforehand,
-    machine,
     read_experiment,
     seed_pairs,
     tuning_cells,
 )
 from gates import AFTER_TRAINING, BEFORE_TRAINING, gate_facts, judge
 from material import VAL, Material
+from provenance import commit, digest, fixed_beforehand, machine
 from record import CHOICE, GATE, RUN, SETUP, TUNE, Record, select
 from stages import Row, Stages, fact, plan_metrics
 from workers import rows_of_cells

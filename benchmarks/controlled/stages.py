@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment import BASE, MEASURED_SPLITS, Cell, Experiment, commit, seed_pairs
-from lines import Line, measure_displacement, measure_line
+from experiment import BASE, MEASURED_SPLITS, Cell, Experiment, seed_pairs
+from lines import Line, Way, choose_by_layer, measure_line
 from material import TEST, VAL, Material
 from outcomes import within_group_cosine
+from provenance import commit
 
 from merit_hf.config import MeritConfig, MeritError
 from merit_hf.diagnosis.diagnose import diagnose
@@ -31,6 +32,7 @@ from merit_hf.rounds import round_config, round_record
 from merit_hf.training import train_group
 
 Row = dict[str, Any]
+LAYERS = "layers.json"
 LEDGER = {"input": "num_input_tokens", "loss": "num_loss_tokens", "padding": "num_padding_tokens"}
 
 
@@ -133,10 +135,23 @@ class Stages:
                 merge_checkpoints(plans[0].base_folder(), groups, [1.0] * len(groups), model, "float32")
             elif not model.exists():
                 merge_groups(plans[0], groups, model, **{"out_dtype": "float32", **arm.merge})
+        if arm.layers:
+            model = self._by_layer(cell, model)
         manifests = [read_manifest(folder) for folder in groups]
         tokens = {name: sum(manifest[key] for manifest in manifests) for name, key in LEDGER.items()}
         steps = [manifest["num_steps"] for manifest in manifests]
         return Trained(plans, groups, model, tokens, sum(steps), max(steps), sum(map(_seconds, groups)))
+
+    def _by_layer(self, cell: Cell, merged: Path) -> Path:
+        """The merged model with a λ for each layer, chosen on validation rows; λs are kept beside it."""
+        section, output = self.experiment.evaluation, self.place / cell.work / "by-layer"
+        if not (output / LAYERS).exists():
+            chosen = choose_by_layer(
+                self.yardstick(VAL), merged, self.experiment.arm(cell.arm).layers, self.experiment.data.datasets,
+                section.val_samples, section.tokens_per_batch, self.quiet, output,
+            )  # fmt: skip
+            (output / LAYERS).write_text(json.dumps(chosen), encoding="utf-8")
+        return output
 
     def _train_groups(self, cell: Cell, plan: PartitionPlan, folder: Path, first: int = 0) -> list[Path]:
         found = []
@@ -229,7 +244,7 @@ class Stages:
                 models |= {f"group-{number}": folder for number, folder in enumerate(trained.groups)}
             found = self.evaluated(models, TEST, section.answers)
             lines = self.experiment.lines
-            displacement = measure_displacement(self.yardstick(TEST), trained.model)
+            displacement = Way(self.yardstick(TEST), trained.model).displacement()
             for split in (VAL, TEST) if cell.arm in lines.of else ():
                 line = self.line(cell, trained.model, split, lines.lambdas, self._answers_at(cell))
                 found += [
@@ -241,6 +256,9 @@ class Stages:
                     answered = self.evaluated({"point": folder}, split, answers=True)
                     found += [{**row, "lambda": position} for row in answered if row["metric"] != "loss"]
             found += self.plan_facts(cell, trained)
+            if arm.layers:
+                chosen = json.loads((trained.model / LAYERS).read_text(encoding="utf-8"))
+                found += [fact(f"lambda@{layer}", value, VAL) for layer, value in chosen.items()]
             if (cell.plan_seed, cell.order_seed) in seed_pairs(self.experiment, arm)[: arm.diagnose]:
                 found += self.diagnosed(cell, trained)
         except MeritError as error:

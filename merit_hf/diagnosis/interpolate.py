@@ -10,7 +10,7 @@ there are, none is loaded: their files are mapped, and their pages belong to the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -59,9 +59,11 @@ class Mover:
         self.sizes = np.array([self._targets[name].numel() for name in self.names])
 
     @torch.no_grad()
-    def move_to(self, point: Point) -> None:
-        """Set the model's weights to `point`, summed in float64 and rounded once to the model's dtype."""
-        for name in self.names:
+    def move_to(self, point: Point, names: Collection[str] | None = None) -> None:
+        """Set the model's weights, or those of `names` alone, to `point`, summed in float64 and rounded once to the
+        model's dtype.
+        """
+        for name in self.names if names is None else names:
             target = self._targets[name].view(-1)
             noise = self._noise(name, *point.noise) if point.noise else None
             for rows, mixed in self._pieces(name, point.coefficients):
