@@ -102,6 +102,7 @@ def test_a_run_is_refused_by_a_gate_killed_and_resumed_and_repeats_and_loses_not
     content = yaml.safe_load(path.read_text())
     for name, change, said in (
         ("other arm", {"arms": [{**content["arms"][0], "batch": 2}, *content["arms"][1:]]}, "`arms.joint` was fixed"),
+        ("other grid", {"tune": {"learning_rates": [1e-3]}}, "a learning rate has been chosen"),
         ("other gate", {"gates": {**content["gates"], "joint_gain": 0}}, "`gates` was fixed before"),
     ):
         other = tmp_path / f"{name}.yaml"

@@ -13,9 +13,9 @@ from experiment import Experiment
 
 
 def digest(experiment: Experiment) -> str:
-    """Of all that decides a result: everything but the seeds and the arms, so that both may grow."""
+    """Of all that decides a result: everything but seeds, arms and learning rates to be tried, which may grow."""
     content = experiment.model_dump(
-        mode="json", exclude={"seeds", "arms", "outcome", "gates", "conditions", "lines", "claims", "question"}
+        mode="json", exclude={"seeds", "arms", "tune", "outcome", "gates", "conditions", "lines", "claims", "question"}
     )
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

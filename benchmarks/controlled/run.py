@@ -91,7 +91,13 @@ class Run:
         if found and found[0]["digest"] != digest(self.experiment):
             raise ConfigError(
                 f"{self.record.path}: holds results of other settings than {self.experiment.name}'s (data, base, "
-                "plan, sft, tune, evaluation or diagnosis). Give another --output, or delete it."
+                "plan, sft, evaluation or diagnosis). Give another --output, or delete it."
+            )
+        grid = sorted(f"{rate:g}" for rate in self.experiment.tune.learning_rates)
+        if any(sorted(choice["grid"]) != grid for choice in self.known(phase=CHOICE)):
+            raise ConfigError(
+                f"{self.record.path}: a learning rate has been chosen, and tune.learning_rates was another then. Put it "
+                "back, or give another --output."
             )
         if found and self.known(phase=RUN):
             before = fixed_beforehand(Experiment.model_validate(found[-1]["experiment"]))
