@@ -165,3 +165,27 @@ def test_verdicts_at_their_limits(cosine: float, ratio: float, steps: list[int],
     checks = movement_checks(synthetic(cosine, ratio), 0, sft, steps)
     assert [check.name for check in checks if not check.ok] == failed
     assert all(type(check.ok) is bool for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "ok"),
+    [
+        (0.0064, 0.0201, True),  # a norm's weights, seen between honest groups
+        (0.029, 0.002, True), (0.031, 0.002, False),  # a tensor that was exchanged
+        (0.0, 0.029, True), (0.0, 0.031, False),  # one that was left as it was
+        (0.2, 0.5, True), (0.2, 0.7, False),
+    ],
+)  # fmt: skip
+def test_a_tensors_share_of_the_move_is_judged_where_it_has_one(ours: float, theirs: float, ok: bool) -> None:
+    """Two tensors; the second has the share that is asked for, the first the rest of a move of length 1."""
+    share = np.array([ours, theirs])
+    squares = np.stack([1 - share**2, share**2], axis=1)
+    gram = np.array([[1.0, 0.5], [0.5, 1.0]])
+    movement = Movement(
+        ["w", "norm"], np.array([1_000_000, 256]), squares, np.sqrt(squares) / 50, np.ones(2), gram, np.ones(2, bool),
+        [["F32"] * 2] * 2, np.zeros(2, bool), np.zeros(2, bool),
+    )  # fmt: skip
+    checks = {
+        check.name: check for check in movement_checks(movement, 0, settings_of(1.0, (0.9, 0.999), 0.0), [10, 10])
+    }
+    assert checks["displacement by tensor"].ok is ok

@@ -96,7 +96,7 @@ class Run:
         grid = sorted(f"{rate:g}" for rate in self.experiment.tune.learning_rates)
         if any(sorted(choice["grid"]) != grid for choice in self.known(phase=CHOICE)):
             raise ConfigError(
-                f"{self.record.path}: a learning rate has been chosen, and tune.learning_rates was another then. Put it "
+                f"{self.record.path}: a learning rate has been chosen, and tune.learning_rates was another. Put it "
                 "back, or give another --output."
             )
         if found and self.known(phase=RUN):
