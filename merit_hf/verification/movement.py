@@ -27,8 +27,8 @@ _EPSILON = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 # Groups of one plan differ in data, not in kind: their moves agree in order of magnitude.
 _FACTOR = 10.0
-# Shares of single tensors agree more closely: within 0.6 and 1.3 over the quickstart's groups of SmolLM2-135M. The last
-# norm of a 5M-parameter model was seen at 0.0064 of an honest move where the other groups had 0.020.
+# Shares of single tensors agree more closely: within 0.6 and 1.3 over the quickstart's groups of SmolLM2-135M. The
+# last norm of a 5M-parameter model was seen at 0.0064 of an honest move where the other groups had 0.020.
 _TENSOR_FACTOR = 4.0
 # A tensor with less of the move than this is too small to judge: under SGD it follows its gradient alone.
 _SMALL = 0.005
