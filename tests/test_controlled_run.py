@@ -110,6 +110,11 @@ def test_a_run_is_refused_by_a_gate_killed_and_resumed_and_repeats_and_loses_not
         with pytest.raises(SystemExit):
             main([str(other), "--output", str(output), "--force"])
         assert said in capsys.readouterr().err
+    file.write_bytes(whole.replace(b'"base_sha256": "', b'"base_sha256": "0', 1))
+    with pytest.raises(SystemExit):
+        main([*arguments, "--force"])
+    assert "holds results of another base" in capsys.readouterr().err
+    file.write_bytes(whole)
     main([*arguments, "--force"])
     assert file.read_bytes() == whole, "a finished experiment is not run again"
     assert not list((output / "work").glob("merit-2*")), "models are removed when their rows are there"

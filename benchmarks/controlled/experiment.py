@@ -346,11 +346,8 @@ def _check_arms(experiment: Experiment, where: str) -> None:
     samples = experiment.plan.get("num_samples")
     for arm in experiment.arms:
         drawn = {seeds[0] for seeds in seed_pairs(experiment, arm)}
-        if (
-            arm.split in MEASURED_SPLITS
-            and len(drawn) > 1
-            and (samples or experiment.data.train) >= experiment.data.train
-        ):
+        whole = samples is None or (samples != "auto" and samples >= experiment.data.train)
+        if arm.split in MEASURED_SPLITS and len(drawn) > 1 and whole:
             raise ConfigError(
                 f"{where}: arm `{arm.name}`: {len(drawn)} plan seeds draw the same samples, since plan.num_samples is "
                 f"{samples} and data.train {experiment.data.train}. Ask for fewer samples."

@@ -90,7 +90,7 @@ def excess(curve: Curve, match: Match, losses: Mapping[str, float], names: Seque
 class Estimate:
     """A mean with its interval; None where fewer than two things could be drawn.
 
-    `seeds`: how many cells it rests on. `drawn`: what the interval draws anew.
+    `seeds`: how many cells it rests on. `drawn`: what the interval draws anew. `fixed`: seeds of which there is one.
     """
 
     value: float
@@ -98,6 +98,7 @@ class Estimate:
     high: float | None
     seeds: int
     drawn: tuple[str, ...]
+    fixed: tuple[str, ...] = ()
 
     @property
     def sure(self) -> int:
@@ -109,8 +110,7 @@ class Estimate:
     @property
     def caution(self) -> str:
         """A sentence where the interval knows nothing of other seeds; else nothing."""
-        missing = [name for name in ("plan seeds", "order seeds") if name not in self.drawn]
-        return f" The interval knows nothing of other {' and '.join(missing)}." if missing else ""
+        return f" The interval knows nothing of other {' and '.join(self.fixed)}." if self.fixed else ""
 
 
 # (plan seed, order seed); None where there is none.
@@ -181,10 +181,13 @@ def _estimate(tables: Sequence[Table], seed: int) -> Estimate:
         variances[factor] = float(np.nanvar(draws))
     point = float(sum(sign * table.mean() for sign, table in zip(signs, values, strict=False)))
     drawn = tuple(dict.fromkeys(name.rstrip(" 01") for name in variances))
+    planned = any(cell[0] is not None for table in tables for cell in table)
+    there = ("plan seeds", "order seeds") if planned else ("order seeds",)
+    fixed = tuple(name for name in there if name not in drawn)
     if not variances:
-        return Estimate(point, None, None, len(values[0]), drawn)
+        return Estimate(point, None, None, len(values[0]), drawn, fixed)
     half = _half_width(variances, sizes)
-    return Estimate(point, point - half, point + half, len(values[0]), drawn)
+    return Estimate(point, point - half, point + half, len(values[0]), drawn, fixed)
 
 
 def _half_width(variances: Mapping[str, float], sizes: Mapping[str, int]) -> float:

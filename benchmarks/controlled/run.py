@@ -100,8 +100,8 @@ class Run:
                 "back, or give another --output."
             )
         if found and self.known(phase=RUN):
-            before = fixed_beforehand(Experiment.model_validate(found[-1]["experiment"]))
-            changed = [key for key, value in before.items() if fixed_beforehand(self.experiment).get(key) != value]
+            before, now = map(fixed_beforehand, (Experiment.model_validate(found[-1]["experiment"]), self.experiment))
+            changed = [key for key, value in before.items() if now.get(key) != value]
             if changed:
                 raise ConfigError(
                     f"{self.record.path}: cells have been run, and `{changed[0]}` was fixed before them. Put it back, "

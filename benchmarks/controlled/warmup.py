@@ -1,7 +1,7 @@
 """A small Llama with a tokenizer of its own, warmed up on tasks and source code: a base that has learnt something.
 
     cd benchmarks/controlled
-    python warmup.py tiny.yaml cause.yaml --output runs/controlled/tiny
+    python warmup.py tiny.yaml cause.yaml --output ../../runs/controlled/tiny
 
 makes OUTPUT/base by the first YAML's recipe. It can be killed at any time; the same command goes on. What no arm may
 have seen (the validation and test rows of all tasks of all the YAMLs) is not in the corpus, and is named in
